@@ -1,0 +1,84 @@
+"""normkit: normalization for neural-network training in PyTorch.
+
+>>> import torch, normkit as nk
+>>> bn = nk.BatchNorm2d(64, activation="relu")
+>>> y = bn(torch.randn(8, 64, 14, 14), residual=torch.randn(8, 64, 14, 14))
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch as _torch  # first: the compiled kernels share its OpenMP pool
+
+from normkit import functional, laws
+from normkit.create import create, factory, list_norms
+from normkit.dispatch import Explanation, backend, explain
+from normkit.moments import Moments
+from normkit.norms.batch_norm import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    LazyBatchNorm1d,
+    LazyBatchNorm2d,
+    LazyBatchNorm3d,
+)
+from normkit.norms.dyt import DyT
+from normkit.norms.group_norm import GroupNorm
+from normkit.norms.identity import Identity
+from normkit.norms.instance_norm import (
+    InstanceNorm1d,
+    InstanceNorm2d,
+    InstanceNorm3d,
+    LazyInstanceNorm1d,
+    LazyInstanceNorm2d,
+    LazyInstanceNorm3d,
+)
+from normkit.norms.layer_norm import LayerNorm
+from normkit.norms.rms_norm import RMSNorm
+from normkit.vocabulary.spec import Spec
+
+if TYPE_CHECKING:
+    from normkit import lab
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "DyT",
+    "Explanation",
+    "GroupNorm",
+    "Identity",
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "InstanceNorm3d",
+    "LayerNorm",
+    "LazyBatchNorm1d",
+    "LazyBatchNorm2d",
+    "LazyBatchNorm3d",
+    "LazyInstanceNorm1d",
+    "LazyInstanceNorm2d",
+    "LazyInstanceNorm3d",
+    "Moments",
+    "RMSNorm",
+    "Spec",
+    "__version__",
+    "backend",
+    "create",
+    "explain",
+    "factory",
+    "functional",
+    "lab",
+    "laws",
+    "list_norms",
+]
+
+del _torch
+
+
+def __getattr__(name: str) -> Any:
+    if name == "lab":  # experiments need the extra packages of normkit[lab]; nobody else pays for them
+        import importlib
+
+        return importlib.import_module("normkit.lab")
+    raise AttributeError(f"module 'normkit' has no attribute {name!r}")

@@ -1,0 +1,142 @@
+"""Layers by name: ``create``, ``factory``, ``list_norms``."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from normkit.norms import MENU
+from normkit.vocabulary.spec import REGISTRY, Family, find
+
+Name = str | tuple[str, Mapping[str, Any]] | None
+
+
+def list_norms() -> list[str]:
+    """The names of all norms, in the order of the tables; those that a user has defined come last.
+
+    >>> import normkit as nk
+    >>> nk.list_norms()[:3]
+    ['batch_norm', 'layer_norm', 'rms_norm']
+    """
+    menu = [module.SPEC.name for module in MENU]
+    return menu + [name for name in REGISTRY if name not in menu]
+
+
+def create(name: Name, num_channels: int, *, dim: int = 2, **options: Any) -> nn.Module:
+    """Make a layer from the name that people type.
+
+    Args:
+        name: ``"batch"``, ``"bn"``, ``"BatchNorm2d"``, ``"group:32"``, ``("group", {"num_groups": 8})``, ``"none"``;
+            case and underscores do not matter, and a trailing ``1d``/``2d``/``3d`` goes before ``dim``.
+            ``None`` is ``"none"``.
+        num_channels: c of the input, whatever position it has in the layer's own constructor.
+        dim: how many spatial axes the input has. 1: (n, c), (n, c, l) and, for layer norm, RMS norm and DyT,
+            (n..., c); 2: (n, c, h, w); 3: (n, c, d, h, w), where these three normalise over the channels
+            (``channels_first=True``).
+        options: keyword arguments of the layer (``eps=``, ``activation=`` ...).
+
+    Returns:
+        The layer.
+
+    Raises:
+        ValueError: no such norm, dimension or value; the message names the nearest.
+        TypeError: an option that the layer does not have.
+
+    >>> import normkit as nk
+    >>> nk.create("group:8", 64, activation="relu")
+    GroupNorm(
+      8, 64, eps=1e-05, affine=True, bias=True
+      (activation): ReLU()
+    )
+    """
+    family, dim, preset = _read(name, dim)
+    merged = {**preset, **options}
+    cls = family.pick(dim)
+    _check_options(family, cls, merged)
+    return cls.for_channels(num_channels, dim=dim, **merged)  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class Factory:
+    """A ``norm_layer=`` argument: called with the number of channels, it makes the layer. Picklable."""
+
+    name: Name
+    dim: int = 2
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, num_channels: int, **options: Any) -> nn.Module:
+        return create(self.name, num_channels, dim=self.dim, **{**self.options, **options})
+
+
+def factory(name: Name, *, dim: int = 2, **options: Any) -> Factory:
+    """A picklable callable ``num_channels -> layer`` for the ``norm_layer=`` argument of torchvision and timm models.
+
+    Args:
+        name: as in :func:`create`.
+        dim: as in :func:`create`.
+        options: keyword arguments of the layer.
+
+    Raises:
+        ValueError: no such norm; at once, not when the model is built.
+        TypeError: an option that the layer does not have.
+
+    >>> import normkit as nk
+    >>> nk.factory("batch", activation="relu")(16)
+    BatchNorm2d(
+      16, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True
+      (activation): ReLU()
+    )
+    """
+    family, read_dim, preset = _read(name, dim)
+    _check_options(family, family.pick(read_dim), {**preset, **options})
+    return Factory(name, dim, options)
+
+
+def _read(name: Name, dim: int) -> tuple[Family, int, dict[str, Any]]:
+    """The family, the dimension and the preset options in a name."""
+    preset: dict[str, Any] = {}
+    text: Any = "none" if name is None else name
+    if isinstance(name, tuple):
+        if len(name) != 2 or not isinstance(name[1], Mapping):
+            raise ValueError(f'{name!r}: a norm as a tuple is (name, options), as in ("group", {{"num_groups": 8}})')
+        text, preset = name[0], dict(name[1])
+    if not isinstance(text, str):
+        raise TypeError(f"a norm is named by a string or a (name, options) tuple, not by {text!r}")
+    word, colon, value = text.partition(":")
+    family, named_dim = find(word)
+    if colon:
+        preset = {**_shorthand(family, text, value), **preset}
+    dim = dim if named_dim is None else named_dim
+    if dim not in (1, 2, 3):
+        raise ValueError(f"dim={dim!r}: the input has 1, 2 or 3 spatial axes; (n, c) counts as 1")
+    return family, dim, preset
+
+
+def _shorthand(family: Family, text: str, value: str) -> dict[str, Any]:
+    argument = family.spec.shorthand
+    if argument is None:
+        raise ValueError(f"{text!r}: {family.spec.name} takes no value after a colon")
+    try:
+        return {argument: float(value) if "." in value or "e" in value else int(value)}
+    except ValueError:
+        raise ValueError(f"{text!r}: {value!r} is no number for {argument}, as in {family.spec.name}:8") from None
+
+
+def _check_options(family: Family, cls: type, options: Mapping[str, Any]) -> None:
+    """Refuse a misspelt option with the list of those there are."""
+    accepted = {
+        parameter.name
+        for function in (cls, cls.for_channels)  # type: ignore[attr-defined]
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    } - {"self", "num_channels", "dim", "num_features", "normalized_shape"}
+    unknown = sorted(set(options) - accepted)
+    if unknown:
+        raise TypeError(
+            f"{family.spec.name} has no option {', '.join(map(repr, unknown))}.\n"
+            f"  choose from: {', '.join(sorted(accepted))}"
+        )

@@ -1,0 +1,286 @@
+"""Picks a backend for one application of a norm, and explains the choice.
+
+``torch`` runs torch's operators under torch's autograd: the fall-back, and what exported programs consist of.
+``reference`` is the oracle and runs only when it is asked for. Kernels are further entries of ``BACKENDS``, asked in
+order; no norm names one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normkit import epilogue, reference
+from normkit.layout import solve
+from normkit.vocabulary.problem import Problem
+from normkit.vocabulary.spec import Spec
+
+
+@dataclass
+class Call:
+    """One application of a norm: all that a backend may need to know."""
+
+    spec: Spec
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    by_torch: Callable[[], Tensor]
+    """The norm by torch's own operators, without the epilogue; it moves the running statistics in place."""
+    eps: float = 0.0
+    over: str | None = None
+    """The pattern, where it differs from the spec's (channels-first layer norm)."""
+    groups: int = 1
+    trailing: int = 1
+    residual: Tensor | None = None
+    activation: epilogue.Activation = None
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+    batch_statistics: bool = True
+    momentum: float = 0.0
+    reference: Callable[[], Tensor] | None = None
+    """The exact arithmetic of a norm that pools nothing; ``None``: the pattern says it."""
+
+    def __post_init__(self) -> None:
+        if self.over is None:
+            self.over = self.spec.over
+
+    def problem(self) -> Problem | None:
+        """What a kernel sees; ``None`` for a norm that pools nothing."""
+        if self.over is None:
+            return None
+        layout = solve(self.over, tuple(self.x.shape), groups=self.groups, trailing=self.trailing)
+        tensors = (self.x, self.weight, self.bias, self.residual)
+        return Problem(
+            kind="channels" if 0 in layout.pooled and self.x.dim() > 1 and 0 not in layout.weighted else "rows",
+            shape=tuple(self.x.shape),
+            strides=tuple(self.x.stride()),
+            view=layout.view,
+            pooled=layout.pooled,
+            weighted=layout.weighted,
+            dtype=str(self.x.dtype).removeprefix("torch."),
+            weight_dtype=None if self.weight is None else str(self.weight.dtype).removeprefix("torch."),
+            device=self.x.device.type,
+            center=self.spec.center,
+            training=self.batch_statistics,
+            activation=epilogue.fusible(self.activation)[0],
+            residual=self.residual is not None,
+            grad=torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors),
+        )
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to carry out a call."""
+
+    name: str
+    reasons_against: Callable[[Call], list[str]]
+    """Why it cannot, or will not unasked, run this call; empty: it can."""
+    run: Callable[[Call], Tensor]
+
+
+def _run_torch(call: Call) -> Tensor:
+    return epilogue.apply(call.by_torch(), call.residual, call.activation)
+
+
+TORCH = Backend("torch", lambda call: [], _run_torch)
+REFERENCE = Backend("reference", lambda call: ["it is the oracle and runs only when asked for by name"], reference.run)
+
+BACKENDS: dict[str, Backend] = {"torch": TORCH, "reference": REFERENCE}
+"""In the order in which they are asked; ``auto`` takes the first that has no reason against."""
+
+_active = "auto"
+_recording: list[Call] | None = None
+
+
+def normalize(
+    spec: Spec,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    by_torch: Callable[[], Tensor],
+    residual: Tensor | None = None,
+    activation: epilogue.Activation = None,
+    backend: str | None = None,
+    **details: Any,
+) -> Tensor:
+    """Carry out one norm on the backend that the caller, the surrounding ``nk.backend`` or the order chooses."""
+    name = backend or _active
+    direct = _recording is None and (name == "torch" or (name == "auto" and _torch_is_first()))
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(_misfit(spec, x, residual))
+    try:
+        if direct:  # no other backend has a say: skip the bookkeeping, which small tensors would feel
+            return epilogue.apply(by_torch(), residual, activation)
+        call = Call(spec, x, weight, bias, by_torch, residual=residual, activation=activation, **details)
+        if _recording is not None:
+            _recording.append(call)
+            raise _Recorded
+        return _choose(call, name).run(call)
+    except (RuntimeError, ValueError, TypeError) as error:
+        if type(error) not in (RuntimeError, ValueError, TypeError):
+            raise  # out of memory and the like speak for themselves
+        raise type(error)(_in_context(error, Call(spec, x, weight, bias, by_torch, **details))) from error
+
+
+def _torch_is_first() -> bool:
+    return next(iter(BACKENDS.values())) is TORCH
+
+
+def _choose(call: Call, name: str) -> Backend:
+    if name != "auto":
+        chosen = BACKENDS[known(name)]
+        if chosen is not REFERENCE and (against := chosen.reasons_against(call)):
+            raise RuntimeError(_refusal(call, chosen, against))
+        return chosen
+    for backend in BACKENDS.values():
+        if not backend.reasons_against(call):
+            return backend
+    raise AssertionError("the torch backend takes every call")
+
+
+def known(name: str) -> str:
+    """``name`` if it is a backend (or ``auto``); otherwise ValueError with the nearest."""
+    if name in BACKENDS or name == "auto":
+        return name
+    near = difflib.get_close_matches(name, BACKENDS, n=1, cutoff=0.5)
+    suggestion = f"  did you mean {near[0]!r}?\n" if near else ""
+    raise ValueError(f"there is no backend named {name!r}.\n{suggestion}  choose from: auto, {', '.join(BACKENDS)}")
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run every norm inside the ``with`` on one backend: ``auto``, ``torch`` or ``reference``.
+
+    A backend that cannot run an input raises with its reasons; nothing falls through in silence. A layer's own
+    ``backend=`` goes before this one. The setting is one per process, not per thread.
+    """
+    global _active
+    before, _active = _active, known(name)
+    try:
+        yield
+    finally:
+        _active = before
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend runs a norm on an input, and why the others do not."""
+
+    norm: str
+    backend: str
+    reasons: dict[str, list[str]]
+    """By backend that does not run."""
+    problem: Problem | None
+
+    def __str__(self) -> str:
+        lines = [f"{self.norm}: the {self.backend} backend runs."]
+        if self.problem is not None:
+            p = self.problem
+            where = " x ".join(map(str, p.shape))
+            lines.append(
+                f"  input {where} {p.dtype} on {p.device}; {p.statistics:,} statistics over {p.values:,} values each"
+            )
+            lines.append(f"  least memory traffic of the forward pass: {p.bytes_moved / 1e6:,.2f} MB")
+        lines += [f"  not {name}: {'; '.join(reasons)}" for name, reasons in self.reasons.items()]
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain data."""
+        return asdict(self)
+
+
+def explain(norm: nn.Module, x: Tensor, *, residual: Tensor | None = None) -> Explanation:
+    """Say which backend would run ``norm`` on ``x``, and why the others would not.
+
+    The layer is applied once to find out; its running statistics and the random state stay as they are.
+
+    >>> import torch, normkit as nk
+    >>> print(nk.explain(nk.GroupNorm(32, 64), torch.randn(8, 64, 56, 56)))  # doctest: +ELLIPSIS
+    group_norm: the torch backend runs.
+    ...
+
+    Raises:
+        TypeError: ``norm`` is not a normkit layer.
+    """
+    call = _record(norm, x, residual)
+    name = getattr(norm, "backend", None) or _active
+    chosen = _choose(call, name)
+    reasons = {
+        other.name: other.reasons_against(call) or [_not_taken(name, chosen)]
+        for other in BACKENDS.values()
+        if other is not chosen
+    }
+    return Explanation(call.spec.name, chosen.name, reasons, call.problem())
+
+
+def _not_taken(asked: str, chosen: Backend) -> str:
+    return f"{chosen.name} goes before it" if asked == "auto" else f"{asked} was asked for by name"
+
+
+class _Recorded(Exception):
+    """Ends a layer's forward where a backend would start."""
+
+
+def _record(norm: nn.Module, x: Tensor, residual: Tensor | None) -> Call:
+    """The call that ``norm`` makes for ``x``; nothing is computed and nothing is committed."""
+    global _recording
+    if not hasattr(norm, "spec"):
+        raise TypeError(
+            f"explain: {type(norm).__module__}.{type(norm).__qualname__} is not a normkit layer.\n"
+            "  make one with nk.create(...), or use the class of the same name in normkit"
+        )
+    calls: list[Call] = []
+    _recording = calls
+    try:
+        norm.forward(x) if residual is None else norm.forward(x, residual=residual)
+    except _Recorded:
+        pass
+    finally:
+        _recording = None
+    return calls[0]
+
+
+def _misfit(spec: Spec, x: Tensor, residual: Tensor) -> str:
+    return (
+        f"{spec.name}: the residual has the shape {tuple(residual.shape)}, the input {tuple(x.shape)}.\n"
+        "  the residual is added element by element after the affine step: give it the shape of the input"
+    )
+
+
+def _refusal(call: Call, chosen: Backend, against: list[str]) -> str:
+    lines = [
+        f'{call.spec.name}: backend="{chosen.name}" was asked for and cannot run this input.',
+        f"  x {tuple(call.x.shape)} {call.x.dtype} on {call.x.device}",
+        f"  {chosen.name}: {'; '.join(against)}",
+    ]
+    for other in BACKENDS.values():
+        if other is not chosen:
+            why = other.reasons_against(call)
+            lines.append(f"  {other.name}: {'; '.join(why) if why else 'would run it'}")
+    return "\n".join(lines)
+
+
+def _in_context(error: Exception, call: Call) -> str:
+    """torch's sentence, then what was asked: the numbers somebody needs who reads the message in a log."""
+    parts = [f"input {tuple(call.x.shape)} {call.x.dtype}"]
+    if call.over is not None:
+        parts.append(f'pattern "{call.over}"')
+    if call.weight is not None:
+        parts.append(f"weight {tuple(call.weight.shape)} {call.weight.dtype}")
+    if call.groups > 1:
+        parts.append(f"num_groups={call.groups}")
+    lines = [f"{call.spec.name}: {error}", f"  {', '.join(parts)}"]
+    per_channel = call.over is not None and "c..." not in call.over
+    if per_channel and call.weight is not None and call.x.dim() > 1 and call.weight.numel() != call.x.shape[1]:
+        made, given = call.weight.numel(), call.x.shape[1]
+        lines.append(
+            f"  made for {made} channels, the input has {given} on axis 1: make it for {given}, or move the axes"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,93 @@
+"""What follows the affine step inside one layer: a residual is added, then an activation is applied.
+
+The meaning is that of the three steps written by hand, in this order; a kernel may do them in one pass.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "leaky_relu": nn.LeakyReLU,
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+}
+_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "leaky_relu": F.leaky_relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+}
+
+Activation = str | Callable[[Tensor], Tensor] | None
+
+
+def activation_module(activation: Activation | type[nn.Module]) -> nn.Module | None:
+    """The child module of a layer for its ``activation=``: a name, a module, a module class, or ``None``.
+
+    A child module leaves a trace when a foreign tool replaces the layer, and shows in ``repr``.
+
+    Raises:
+        ValueError: an unknown name.
+        TypeError: not something that can be a child module.
+    """
+    if activation is None or isinstance(activation, nn.Module):
+        return activation
+    if isinstance(activation, str):
+        return ACTIVATIONS[_name(activation)]()
+    if isinstance(activation, type) and issubclass(activation, nn.Module):
+        return activation()
+    raise TypeError(
+        f"activation={activation!r} is neither a name nor a module.\n"
+        f"  choose from: {', '.join(ACTIVATIONS)}, None, a torch.nn.Module or its class"
+    )
+
+
+def apply(y: Tensor, residual: Tensor | None, activation: Activation) -> Tensor:
+    """``activation(y + residual)``, each step only where asked for."""
+    if residual is not None:
+        y = y + residual
+    if activation is None:
+        return y
+    if isinstance(activation, str):
+        return _FUNCTIONS[_name(activation)](y)
+    return activation(y)
+
+
+def fusible(activation: Activation) -> tuple[str | None, float]:
+    """What a kernel is told: a name it may know, and the slope of a leaky ReLU. ``"module"``: call it separately."""
+    match activation:
+        case None:
+            return None, 0.0
+        case str():
+            return _name(activation), 0.01
+        case nn.Module() if activation._forward_hooks or activation._forward_pre_hooks or activation._backward_hooks:
+            return "module", 0.0
+    module: Any = activation
+    match type(module):  # exactly: a subclass may compute something else
+        case nn.ReLU:
+            return "relu", 0.0
+        case nn.LeakyReLU:
+            return "leaky_relu", module.negative_slope
+        case nn.SiLU:
+            return "silu", 0.0
+        case nn.GELU:
+            return ("gelu_tanh" if module.approximate == "tanh" else "gelu"), 0.0
+    return "module", 0.0
+
+
+def _name(activation: str) -> str:
+    if activation in ACTIVATIONS:
+        return activation
+    near = difflib.get_close_matches(activation.lower(), ACTIVATIONS, n=1, cutoff=0.5)
+    suggestion = f"  did you mean {near[0]!r}?\n" if near else ""
+    raise ValueError(
+        f"there is no activation named {activation!r}.\n{suggestion}"
+        f"  choose from: {', '.join(ACTIVATIONS)}, None, or give a torch.nn.Module"
+    )

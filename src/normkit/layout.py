@@ -1,0 +1,124 @@
+"""Pattern and shape -> which axes pool, which carry a weight. Integers only; no torch.
+
+The grammar is frozen: names, ``...``, one level of parentheses, brackets. A norm that needs more supplies its own
+reference instead.
+
+>>> solve("n (g [c]) [s...]", (8, 48, 14, 14), groups=4)
+Layout(view=(8, 4, 12, 14, 14), pooled=(2, 3, 4), weighted=(1, 2))
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+
+_TOKEN = re.compile(r"\(|\)|\[|\]|[a-z]\.\.\.|[a-z]|\s+|.")
+_WEIGHTED = frozenset("gc")  # the weight of every norm runs along the channels, and a group is a part of them
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """One name of a pattern."""
+
+    name: str
+    pooled: bool
+    many: bool
+    """Followed by ``...``: any number of axes."""
+    inside: bool
+    """Inside parentheses: a part of one axis of the tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A pattern on a shape. ``x.reshape(view)`` has the parentheses opened; axes are counted in that view."""
+
+    view: tuple[int, ...]
+    pooled: tuple[int, ...]
+    weighted: tuple[int, ...]
+
+    @property
+    def weight_view(self) -> tuple[int, ...]:
+        """The shape in which a weight broadcasts against the view."""
+        return tuple(size if axis in self.weighted else 1 for axis, size in enumerate(self.view))
+
+    @property
+    def values(self) -> int:
+        """How many values share one mean and one variance."""
+        return math.prod(self.view[axis] for axis in self.pooled)
+
+    @property
+    def statistics(self) -> int:
+        """How many means and variances there are."""
+        return math.prod(size for axis, size in enumerate(self.view) if axis not in self.pooled)
+
+
+@lru_cache(maxsize=256)
+def parse(pattern: str) -> tuple[Axis, ...]:
+    """The axes of a pattern, in order. Raises ValueError on anything outside the grammar."""
+    axes: list[Axis] = []
+    pooled = inside = False
+    for token in _TOKEN.findall(pattern):
+        if token.isspace():
+            continue
+        if token in "[]":
+            if pooled == (token == "["):
+                raise ValueError(f"pattern {pattern!r}: unbalanced brackets")
+            pooled = token == "["
+        elif token in "()":
+            if inside == (token == "("):
+                raise ValueError(f"pattern {pattern!r}: unbalanced parentheses, or more than one level")
+            inside = token == "("
+        elif token[0].isalpha():
+            axes.append(Axis(token[0], pooled, len(token) > 1, inside))
+        else:
+            raise ValueError(f"pattern {pattern!r}: unexpected {token!r}")
+    if pooled or inside:
+        raise ValueError(f"pattern {pattern!r}: unbalanced brackets or parentheses")
+    return tuple(axes)
+
+
+@lru_cache(maxsize=4096)
+def solve(pattern: str, shape: tuple[int, ...], *, groups: int = 1, trailing: int = 1) -> Layout:
+    """Lay a pattern over a shape.
+
+    Args:
+        pattern: as in :class:`normkit.vocabulary.spec.Spec`.
+        shape: of the tensor.
+        groups: the size of ``g`` inside parentheses.
+        trailing: how many axes ``c...`` covers (the length of a layer norm's ``normalized_shape``).
+
+    Raises:
+        ValueError: the shape does not fit the pattern; the message has the numbers.
+    """
+    axes = parse(pattern)
+    fixed = sum(not axis.many and not axis.inside for axis in axes) + any(axis.inside for axis in axes)
+    fixed += sum(trailing for axis in axes if axis.many and axis.name == "c")
+    free = len(shape) - fixed
+    if free < 0:
+        raise ValueError(f'pattern "{pattern}" needs at least {fixed} axes, the shape {shape} has {len(shape)}')
+    view: list[int] = []
+    pooled: list[int] = []
+    weighted: list[int] = []
+    position = 0
+    for axis in axes:
+        if axis.inside:
+            channels = shape[position]
+            if channels % groups:
+                raise ValueError(f"{channels} channels do not divide into {groups} groups")
+            sizes: tuple[int, ...] = (groups,) if axis.name == "g" else (channels // groups,)
+            position += axis.name != "g"
+        else:
+            width = 1 if not axis.many else trailing if axis.name == "c" else free
+            sizes = shape[position : position + width]
+            position += width
+        for size in sizes:
+            if axis.pooled:
+                pooled.append(len(view))
+            if axis.name in _WEIGHTED:
+                weighted.append(len(view))
+            view.append(size)
+    if position != len(shape):
+        raise ValueError(f'pattern "{pattern}" covers {position} axes, the shape {shape} has {len(shape)}')
+    return Layout(tuple(view), tuple(pooled), tuple(weighted))

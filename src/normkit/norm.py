@@ -1,0 +1,121 @@
+"""class Norm: what all layers share. Registration, the options, tracing, and torch's errors with their context."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
+
+from normkit import dispatch, epilogue
+from normkit.statistics.running import RunningStatistics
+from normkit.vocabulary.spec import Spec, register
+
+
+class Norm(nn.Module):
+    """A layer defined by a :class:`~normkit.vocabulary.spec.Spec`; stands before torch's class in the bases.
+
+    ``class RMSNorm(Norm, torch.nn.RMSNorm, spec=SPEC)`` registers itself. A subclass without ``spec=`` is a user's own
+    variation and is not registered.
+    """
+
+    spec: ClassVar[Spec]
+    activation: nn.Module | None
+    backend: str | None
+
+    def __init_subclass__(
+        cls, *, spec: Spec | None = None, dim: int | None = None, lazy: bool = False, **kwargs: Any
+    ) -> None:
+        super().__init_subclass__(**kwargs)
+        if spec is not None:
+            cls.spec = spec
+            register(cls, spec, dim=dim, lazy=lazy)
+
+    def _set_options(self, activation: epilogue.Activation | type[nn.Module], backend: str | None) -> None:
+        """The keyword-only options that every layer has."""
+        self.activation = epilogue.activation_module(activation)
+        self.backend = None if backend is None else dispatch.known(backend)
+
+    def _set_bias(self, bias: bool) -> None:
+        """``bias=False`` on every version of torch; the torch classes have the argument only since 2.13."""
+        if not bias:
+            self.register_parameter("bias", None)
+
+    def reset_parameters(self) -> None:
+        """Weight 1, bias 0, running statistics as new."""
+        if isinstance(self, RunningStatistics):
+            self.reset_running_stats()
+        for name, value in (("weight", 1.0), ("bias", 0.0)):
+            parameter = getattr(self, name, None)
+            if parameter is not None and not is_lazy(parameter):
+                nn.init.constant_(parameter, value)
+
+    @classmethod
+    def for_channels(cls, num_channels: int, *, dim: int, **options: Any) -> nn.Module:
+        """The layer for ``num_channels`` channels of an input with ``dim`` spatial axes: what ``create`` calls."""
+        return cls(num_channels, **options)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        try:
+            super()._check_input_dim(input)  # type: ignore[misc]
+        except ValueError as error:
+            raise ValueError(
+                f"{type(self).__name__}: {error}\n  input {tuple(input.shape)}; choose the class by the number of "
+                "spatial axes: 1d for (n, c) and (n, c, l), 2d for (n, c, h, w), 3d for (n, c, d, h, w)"
+            ) from None
+
+    def extra_repr(self) -> str:
+        """torch's text, then the options that differ from torch."""
+        options = [super().extra_repr(), *self._extra_options()]
+        return ", ".join(option for option in options if option)
+
+    def _extra_options(self) -> list[str]:
+        return [] if self.backend is None else [f"backend={self.backend!r}"]
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """torch.jit.script asks here first."""
+        raise RuntimeError(
+            f"{type(self).__name__} cannot be scripted: torch.jit.script is deprecated in torch and normkit does not "
+            "support it.\n  use torch.compile for speed, or torch.export for a program that runs without normkit"
+        )
+
+
+def traced_as_leaf(norm: Norm, input: Tensor | fx.Proxy, residual: Tensor | fx.Proxy | None) -> Any:
+    """Under ``torch.fx.symbolic_trace``, the node that calls ``norm`` as a whole; otherwise ``None``.
+
+    fx takes modules outside torch.nn apart, which would bake the training mode in. A layer recorded as one call is
+    right in training and in evaluation, and whoever reads the graph finds the layer in it.
+    """
+    if not isinstance(input, fx.Proxy) and not isinstance(residual, fx.Proxy):
+        return None
+    tracer: Any = (input if isinstance(input, fx.Proxy) else residual).tracer  # type: ignore[union-attr]
+    try:
+        name = tracer.path_of_module(norm)
+    except NameError:  # the layer itself is the root of the trace
+        return None
+    return tracer.create_proxy("call_module", name, (input,), {} if residual is None else {"residual": residual})
+
+
+_EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64)}
+
+
+def machine_eps(dtype: torch.dtype) -> float:
+    """The machine epsilon of the arithmetic on values of ``dtype``: float32's, or float64's."""
+    return _EPS[torch.float64 if dtype == torch.float64 else torch.float32]
+
+
+def single_axis(spec: Spec, normalized_shape: Any) -> None:
+    """Refuse ``channels_first`` over more than one axis."""
+    if len(normalized_shape) != 1:
+        raise ValueError(
+            f"{spec.name}: channels_first=True normalises over one axis, the channels of (n, c, s...);\n"
+            f"  normalized_shape is {tuple(normalized_shape)}; give the number of channels"
+        )
+
+
+def over_channels(x: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
+    """Apply a norm of the last axis to axis 1; the output has the memory format of ``x``."""
+    y = norm(x.movedim(1, -1)).movedim(-1, 1)
+    return y.contiguous() if x.is_contiguous() else y

@@ -1,0 +1,287 @@
+"""Batch norm: standardise each channel by the mean and variance of the mini-batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from normkit.dispatch import normalize
+from normkit.epilogue import Activation
+from normkit.norm import Norm, traced_as_leaf
+from normkit.statistics.running import LazyFeatures, RunningStatistics, as_statistics, commit
+from normkit.vocabulary.spec import Spec
+
+SPEC = Spec(
+    name="batch_norm",
+    summary="Each channel by the mean and variance of the mini-batch; by moving averages in evaluation.",
+    over="[n] c [s...]",
+    center=True,
+    laws=frozenset({"scale", "shift", "channel_scale", "channel_shift", "channel", "restores"}),
+    twin="torch.nn.BatchNorm{dim}d",
+    paper="Ioffe & Szegedy 2015, arXiv:1502.03167",
+    aliases=("batch", "bn"),
+)
+
+
+def batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    activation: Activation = None,
+    residual: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Standardise each channel over the mini-batch (or by running statistics), scale, shift; add; activate.
+
+    ``y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual)`` with the biased variance. In training
+    ``running = (1 - momentum) * running + momentum * batch``, in place, with the unbiased variance.
+
+    Args:
+        x: (n, c, s...).
+        running_mean: (c,), or ``None`` to keep none.
+        running_var: (c,), or ``None``.
+        weight: (c,), or ``None`` for 1.
+        bias: (c,), or ``None`` for 0.
+        training: normalise by the batch and move the running statistics; otherwise normalise by the running ones.
+        momentum: share of the new batch.
+        eps: added to the variance.
+        activation: ``"relu"``, ``"leaky_relu"``, ``"silu"``, ``"gelu"``, a callable, or ``None``.
+        residual: (n, c, s...), added after the affine step and before the activation.
+        backend: see :func:`normkit.backend`.
+
+    Returns:
+        (n, c, s...).
+
+    Raises:
+        ValueError: one value per channel in training; a residual of another shape; an unknown name.
+        RuntimeError: parameters that do not fit the channels.
+
+    Differs from ``torch.nn.functional.batch_norm``: a batch with NaN or infinity leaves the running statistics as they
+    were, and running statistics may be float32 beside a narrower weight.
+
+    >>> import torch, normkit as nk
+    >>> x = torch.tensor([[1.0], [3.0]])
+    >>> nk.functional.batch_norm(x, None, None, training=True, eps=1e-12).tolist()
+    [[-1.0], [1.0]]
+
+    Do not use it with fewer than about 16 values per channel: use group norm, or more samples.
+
+    Source: Ioffe & Szegedy 2015, arXiv:1502.03167.
+    """
+    details = {"eps": eps, "residual": residual, "activation": activation, "backend": backend}
+    if not training or running_mean is None or running_var is None:
+        return _call(x, running_mean, running_var, weight, bias, training, momentum, details)
+    return _train(x, (running_mean, running_var), weight, bias, momentum, None, details)[0]
+
+
+def _train(
+    x: Tensor,
+    running: tuple[Tensor, Tensor],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float,
+    share: Tensor | None,
+    details: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    """Normalise by the batch, then let its moments into the running statistics if they are finite."""
+    mean, var = running[0].clone(), running[1].clone()
+    y = _call(x, mean, var, weight, bias, True, momentum, details)
+    return y, commit(running, (mean, var), weight=share)
+
+
+def _call(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    details: dict[str, Any],
+) -> Tensor:
+    weight, bias = as_statistics(running_mean, weight, bias)
+    return normalize(
+        SPEC,
+        x,
+        weight,
+        bias,
+        by_torch=lambda: F.batch_norm(
+            x, running_mean, running_var, weight, bias, training, momentum, eps=details["eps"]
+        ),
+        running_mean=running_mean,
+        running_var=running_var,
+        batch_statistics=training,
+        momentum=momentum,
+        **details,
+    )
+
+
+class _BatchNorm(Norm, RunningStatistics):
+    """Forward and options of batch norm; the classes below add torch's class of each dimension."""
+
+    def forward(self, input: Tensor, *, residual: Tensor | None = None) -> Tensor:
+        """(n, c, s...) -> (n, c, s...); ``residual`` (same shape) is added before the activation."""
+        if (node := traced_as_leaf(self, input, residual)) is not None:
+            return node
+        self._check_input_dim(input)
+        details = {
+            "eps": self.eps,
+            "residual": residual,
+            "activation": self.activation,
+            "backend": self.backend,
+        }
+        mean, var = self.running_mean, self.running_var
+        if self.training and not self.track_running_stats:
+            mean = var = None
+        if not self.training or mean is None or var is None:
+            by_batch = self.training or (mean is None and var is None)
+            return _call(input, mean, var, self.weight, self.bias, by_batch, 0.0, details)
+        momentum, share = self._pace()
+        y, moved = _train(input, (mean, var), self.weight, self.bias, momentum, share, details)
+        self._count(moved)
+        return y
+
+    def _pace(self) -> tuple[float, Tensor | None]:
+        """What torch's operator gets for ``momentum``, and the share of its result that is let in (``None``: all)."""
+        if self.momentum is not None:
+            return self.momentum, None
+        if self.num_batches_tracked is None:
+            return 0.0, None
+        # The average over all batches. A tensor: nothing waits for the device, and torch.compile sees one graph.
+        return 1.0, 1.0 / (self.num_batches_tracked + 1.0)
+
+    def _extra_options(self) -> list[str]:
+        narrow = ["low_precision_buffers=True"] if self.low_precision_buffers else []
+        return [*super()._extra_options(), *narrow]
+
+
+class _Sized(_BatchNorm):
+    """Built for a known number of channels."""
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        activation: Activation | type[nn.Module] = None,
+        backend: str | None = None,
+        low_precision_buffers: bool = False,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        self._set_bias(bias)
+        self._set_statistics(low_precision_buffers)
+        self._set_options(activation, backend)
+
+
+class _Lazy(LazyFeatures, _BatchNorm):
+    """Takes the number of channels from the first input."""
+
+    def __init__(
+        self,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        activation: Activation | type[nn.Module] = None,
+        backend: str | None = None,
+        low_precision_buffers: bool = False,
+    ) -> None:
+        super().__init__(eps, momentum, affine, track_running_stats, device, dtype)
+        self._set_bias(bias)
+        self._set_statistics(low_precision_buffers)
+        self._set_options(activation, backend)
+
+
+class BatchNorm2d(_Sized, nn.BatchNorm2d, spec=SPEC, dim=2):
+    """Standardise each channel of (n, c, h, w) over the mini-batch and space, then scale, shift, add, activate.
+
+    ``y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual)``. In training mean and (biased) variance
+    are the mini-batch's, and ``running = (1 - momentum) * running + momentum * batch`` (unbiased variance); in
+    evaluation they are the running ones.
+
+    Args:
+        num_features: channels.
+        eps: added to the variance.
+        momentum: share of the new batch in the running statistics; ``None``: the average over all batches.
+        affine: learn ``weight`` and ``bias``, both (c,).
+        track_running_stats: keep running statistics; otherwise the batch's are used in evaluation as well.
+        device: of parameters and buffers.
+        dtype: of the parameters; running statistics are float32 or better whatever it is.
+        bias: with ``affine``, learn ``bias`` too.
+        activation: ``"relu"``, ``"leaky_relu"``, ``"silu"``, ``"gelu"``, a module or its class, or ``None``; a child
+            module of the layer.
+        backend: see :func:`normkit.backend`.
+        low_precision_buffers: let ``.half()`` and ``.bfloat16()`` cast the running statistics, as torch does.
+
+    Shapes: input, ``residual`` and output (n, c, h, w). ``forward(input, *, residual=None)``.
+
+    Raises:
+        ValueError: an input with another number of axes; one value per channel in training; a residual of another
+            shape; an unknown activation or backend.
+        RuntimeError: an input with another number of channels.
+
+    >>> import torch, normkit as nk
+    >>> bn = nk.BatchNorm2d(3, activation="relu")
+    >>> x = torch.randn(8, 3, 4, 4) * 5 + 2
+    >>> y = bn(x, residual=torch.zeros_like(x))
+    >>> bool(y.min() >= 0), bn.num_batches_tracked.item()
+    (True, 1)
+
+    Differs from ``torch.nn.BatchNorm2d``: running statistics stay float32; a batch with NaN or infinity leaves them and
+    ``num_batches_tracked`` as they were and is counted in ``num_batches_skipped`` (not in the ``state_dict``).
+
+    When not to use it: few values per channel (batch 1-8 with small maps: group norm), sequences of varying length
+    (layer norm), batches that are not drawn from one distribution.
+
+    Source: Ioffe & Szegedy 2015, arXiv:1502.03167.
+    """
+
+
+class BatchNorm1d(_Sized, nn.BatchNorm1d, spec=SPEC, dim=1):
+    """Standardise each feature of (n, c), or channel of (n, c, l), over the mini-batch: see :class:`BatchNorm2d`.
+
+    >>> import torch, normkit as nk
+    >>> nk.BatchNorm1d(2, affine=False)(torch.tensor([[1.0, 0.0], [3.0, 8.0]])).round().tolist()
+    [[-1.0, -1.0], [1.0, 1.0]]
+    """
+
+
+class BatchNorm3d(_Sized, nn.BatchNorm3d, spec=SPEC, dim=3):
+    """Standardise each channel of (n, c, d, h, w) over the mini-batch and space: see :class:`BatchNorm2d`."""
+
+
+class LazyBatchNorm1d(_Lazy, nn.LazyBatchNorm1d, spec=SPEC, dim=1, lazy=True):
+    """:class:`BatchNorm1d` that takes ``num_features`` from the first input."""
+
+    cls_to_become = BatchNorm1d
+
+
+class LazyBatchNorm2d(_Lazy, nn.LazyBatchNorm2d, spec=SPEC, dim=2, lazy=True):
+    """:class:`BatchNorm2d` that takes ``num_features`` from the first input."""
+
+    cls_to_become = BatchNorm2d
+
+
+class LazyBatchNorm3d(_Lazy, nn.LazyBatchNorm3d, spec=SPEC, dim=3, lazy=True):
+    """:class:`BatchNorm3d` that takes ``num_features`` from the first input."""
+
+    cls_to_become = BatchNorm3d

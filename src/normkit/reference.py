@@ -1,0 +1,53 @@
+"""The slow exact implementation: the oracle that every backend is held against.
+
+Any pooled norm in fifteen lines of plain arithmetic, in float64, differentiated by autograd. It calls no norm of torch
+and shares no code with a backend.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from normkit.epilogue import apply
+from normkit.layout import solve
+
+if TYPE_CHECKING:
+    from normkit.dispatch import Call
+
+
+def run(call: Call) -> Tensor:
+    """The norm of ``call`` on its input; running statistics are updated as torch updates them."""
+    if call.reference is not None:
+        return apply(call.reference(), call.residual, call.activation)
+    assert call.over is not None
+    layout = solve(call.over, tuple(call.x.shape), groups=call.groups, trailing=call.trailing)
+    x = call.x.double().reshape(layout.view)
+    kept = [size if axis not in layout.pooled else 1 for axis, size in enumerate(layout.view)]
+    if call.batch_statistics:
+        mean = x.mean(layout.pooled, keepdim=True) if call.spec.center else torch.zeros(kept, dtype=x.dtype)
+        var = (x - mean).square().mean(layout.pooled, keepdim=True)
+        _move_running(call, mean, var, layout.values)
+    else:
+        assert call.running_mean is not None
+        assert call.running_var is not None
+        mean, var = (s.double().reshape(layout.weight_view) for s in (call.running_mean, call.running_var))
+    y = (x - mean) / torch.sqrt(var + call.eps)
+    if call.weight is not None:
+        y = y * call.weight.double().reshape(layout.weight_view)
+    if call.bias is not None:
+        y = y + call.bias.double().reshape(layout.weight_view)
+    return apply(y.reshape(call.x.shape).to(call.x.dtype), call.residual, call.activation)
+
+
+@torch.no_grad()
+def _move_running(call: Call, mean: Tensor, var: Tensor, values: int) -> None:
+    """running = (1 - momentum) * running + momentum * batch, with the unbiased variance; instances are averaged."""
+    if call.running_mean is None or call.running_var is None or not values or not call.x.numel():
+        return
+    unbiased = var * (values / (values - 1))
+    for running, batch in ((call.running_mean, mean), (call.running_var, unbiased)):
+        pooled = batch.reshape(-1, running.numel()).mean(0)
+        running.copy_((1 - call.momentum) * running.double() + call.momentum * pooled)
