@@ -1,0 +1,65 @@
+"""``normkit list``: the norms, what each is invariant to, the backends, the tasks of compare."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+
+from normkit import list_norms
+from normkit.cli import arguments
+from normkit.cli.output import show, show_json
+from normkit.dispatch import BACKENDS
+from normkit.lab.tasks import TASKS
+from normkit.laws import LAWS
+from normkit.vocabulary.spec import REGISTRY, attributes
+
+HOLDS, BROKEN = "yes", "-"
+
+
+@dataclass
+class List:
+    """The norms, what each is invariant to, the backends, the tasks of compare."""
+
+    json: bool = False
+    """Print the same as JSON."""
+
+
+def main(argv: list[str]) -> int:
+    asked = arguments.parse(List, argv, "list")
+    norms = [attributes(REGISTRY[name].spec) for name in list_norms()]
+    answer = f"{len(norms)} norms, {len(BACKENDS)} backends, {len(TASKS)} built-in tasks to compare them on"
+    if asked.json:
+        laws = {name: law.statement for name, law in LAWS.items()}
+        show_json({"answer": answer, "norms": norms, "laws": laws, "backends": list(BACKENDS), "tasks": list(TASKS)})
+    else:
+        show(
+            answer,
+            definitions(norms),
+            "In training, the output of a layer does not depend on (yes), or depends on (-):",
+            invariances(norms),
+            f"backends  {', '.join(BACKENDS)}\ntasks     {', '.join(TASKS)}",
+            then="normkit explain group --shape 8,64,56,56",
+        )
+    return 0
+
+
+def definitions(norms: list[dict[str, Any]]) -> Table:
+    """What each norm pools, what it replaces, and where it comes from. Brackets mark what shares its statistics."""
+    table = Table("norm", "pools over", "centres", "drop-in for", "paper", box=None, padding=(0, 2, 0, 0))
+    for norm in norms:
+        twin = (norm["twin"] or "-").replace("{dim}", "1/2/3")
+        table.add_row(
+            norm["name"], norm["over"] or "nothing", "yes" if norm["center"] else "no", twin, norm["paper"] or "-"
+        )
+    return table
+
+
+def invariances(norms: list[dict[str, Any]]) -> Table:
+    """Laws down, norms across: a law that is not claimed is broken, and a test has the witness."""
+    table = Table("law", *(norm["name"].removesuffix("_norm") for norm in norms), "", box=None, padding=(0, 2, 0, 0))
+    for name, law in LAWS.items():
+        marks = (HOLDS if norm["laws"][name] else BROKEN for norm in norms)
+        table.add_row(name, *marks, law.statement)
+    return table

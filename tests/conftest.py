@@ -1,0 +1,36 @@
+"""What every test can rely on: one thread, seeded, and memory that is NaN until somebody writes to it."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch is loaded, and inherited by the processes that tests start: pytest-xdist already uses every core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
+
+import hypothesis
+import pytest
+import torch
+
+torch.set_num_threads(1)
+hypothesis.settings.register_profile("normkit", deadline=None, derandomize=True, database=None, print_blob=True)
+hypothesis.settings.load_profile("normkit")
+
+
+@pytest.fixture(autouse=True)
+def _seeded_with_nan_in_fresh_memory():
+    """torch.empty returns NaN (the largest number for integers), so that reading what nobody wrote shows.
+
+    torch fills fresh memory only in deterministic mode. A test may leave any global setting behind: all are restored.
+    """
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    dtype, grad = torch.get_default_dtype(), torch.is_grad_enabled()
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.manual_seed(0)
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+    torch.set_default_dtype(dtype)
+    torch.set_grad_enabled(grad)
+    torch.set_num_threads(1)
