@@ -1,0 +1,175 @@
+"""``normkit compare``: train real networks with and without normalization, and say which is better."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import tyro
+from rich.table import Table
+
+from normkit.cli import arguments
+from normkit.cli.errors import UserError
+from normkit.cli.output import show, show_json
+from normkit.cli.progress import watching
+from normkit.lab.compare import Result, compare
+from normkit.lab.errors import LabError
+from normkit.lab.knob import parse_value
+from normkit.lab.worker import SETTLED
+from normkit.report.table import rows
+from normkit.vocabulary.record import encode
+
+
+@dataclass
+class Compare:
+    """Train a network with and without normalization, each arm at its own best learning rate, and say which is better.
+
+    The same command again resumes; finished runs are skipped.
+    """
+
+    task: Annotated[str, tyro.conf.Positional] = "digits"
+    """digits, digits-relu, digits-cnn, digits-sequence, text, tabular; or your own: exp.py:function,
+    package.module:function."""
+
+    norms: str | None = None
+    """Norms to compare, with commas: none,batch,group:8. Shorthand for --arms."""
+
+    arms: str | None = None
+    """Arms to compare: a norm and what goes with it, e.g. 'none+adamw, batch+dropout:0.2, batch+placement:after,
+    none+init:0.1'. Optimizers: sgd, momentum, adamw."""
+
+    sweep: str | None = None
+    """Repeat the comparison over a knob: init=0.01..10, dropout=0,.1,.2,.5, batch-size=2..256, depth=10..200."""
+
+    seeds: int | None = None
+    """Fresh paired seeds of the final runs (quick 3, default 10, thorough 30)."""
+
+    quick: bool = False
+    """A smoke run: fewer rates and seeds, no evidence."""
+
+    thorough: bool = False
+    """Hours, resumable: more search seeds and final seeds; what committed records come from."""
+
+    out: str | None = None
+    """Directory of the runs (default: runs/<task>-<hash of the question>)."""
+
+    parallel: str = "loky"
+    """Who runs the cells: loky (all cores), N or loky:N (N workers), 1 (one after the other), dask, ray."""
+
+    data: str | None = None
+    """Your own data for a built-in task: MNIST-style IDX files, CIFAR-10's binary version, a folder of images with one
+    folder per class, or an .npz file with x and y."""
+
+    depth: int | None = None
+    """Layers of the network."""
+
+    steps: int | None = None
+    """Optimizer steps of a full run."""
+
+    batch_size: int | None = None
+    """Samples per step."""
+
+    target: float | None = None
+    """The validation metric that ends the race (default: the task's constant). Fix it before you look at results."""
+
+    set: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
+    """Another option of the task or of your function, e.g. --set skip=false. May be repeated."""
+
+    checkpoint_seconds: float = 2.0
+    """Seconds between two checkpoints of a running cell."""
+
+    json: bool = False
+    """Print the summary as JSON, and nothing else."""
+
+
+def main(argv: list[str]) -> int:
+    asked = arguments.parse(Compare, argv, "compare")
+    if asked.quick and asked.thorough:
+        raise UserError("--quick and --thorough exclude each other; give one of them, or none for the default budget")
+    command = shlex.join(["normkit", "compare", *argv])
+    try:
+        result = _run(asked, command)
+    except LabError as error:
+        raise UserError(str(error)) from error
+    except KeyboardInterrupt:
+        print(f"stopped; nothing is lost. The same command goes on where it was:\n  {command}", file=sys.stderr)
+        return 130
+    if all(run["state"] not in SETTLED for run in result.summary["runs"]):
+        raise UserError(_all_failed(result))
+    if asked.json:
+        show_json(
+            encode({"answer": result.answer, "directory": result.directory, "page": result.page} | result.summary)
+        )
+    else:
+        show(result.answer, _table(result.summary), f"page: {result.page}", then=_next(asked, argv, result))
+    return 0
+
+
+def _run(asked: Compare, command: str) -> Result:
+    with watching(quiet=asked.json) as watcher:
+        return compare(
+            asked.task,
+            arms=asked.arms,
+            norms=asked.norms,
+            sweep=asked.sweep,
+            budget="quick" if asked.quick else "thorough" if asked.thorough else "default",
+            seeds=asked.seeds,
+            steps=asked.steps,
+            batch_size=asked.batch_size,
+            target=asked.target,
+            data=asked.data,
+            out=asked.out,
+            parallel=asked.parallel,
+            checkpoint_seconds=asked.checkpoint_seconds,
+            watcher=watcher,
+            command=command,
+            **_options(asked),
+        )
+
+
+def _options(asked: Compare) -> dict[str, Any]:
+    options = {} if asked.depth is None else {"depth": asked.depth}
+    for item in asked.set:
+        key, equals, value = item.partition("=")
+        if not equals or not key.strip().isidentifier():
+            raise UserError(f"--set {item!r}: write key=value, e.g. --set skip=false")
+        options[key.strip()] = parse_value(value)
+    return options
+
+
+def _all_failed(result: Result) -> str:
+    """What to say when not one run came to an end: there is nothing to compare."""
+    runs = result.summary["runs"]
+    reason = next((run["reason"] for run in runs if run["state"] == "failed"), "unknown")
+    return (
+        f"all {len(runs)} runs failed, the first with: {reason}\n  each traceback is in {result.page} and in the run's "
+        "status.json; correct the model or the data and type the same command again"
+    )
+
+
+def _table(summary: dict[str, Any]) -> Table:
+    header, *body = rows(summary)
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for index, name in enumerate(header):
+        table.add_column(name, justify="left" if index == 0 else "right")
+    for row in body:
+        table.add_row(*row)
+    return table
+
+
+def _without_place(argv: list[str]) -> list[str]:
+    """The command without its budget and its directory: another budget is another experiment, in another place."""
+    kept = [word for word in argv if word not in ("--quick", "--thorough") and not word.startswith("--out=")]
+    return [word for before, word in zip(["", *kept], kept, strict=False) if "--out" not in (before, word)]
+
+
+def _next(asked: Compare, argv: list[str], result: Result) -> str:
+    """After a quick look the default budget, after that the thorough one, and then the page."""
+    words = _without_place(argv)
+    if asked.quick:
+        return shlex.join(["normkit", "compare", *words])
+    if asked.thorough:
+        return shlex.join(["normkit", "report", str(result.directory)])
+    return shlex.join(["normkit", "compare", *words, "--thorough"])

@@ -1,0 +1,88 @@
+"""``normkit report``: a run directory read again, analysed, and its page made anew."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.table import Table
+
+from normkit import report
+from normkit.cli import arguments
+from normkit.cli.errors import from_user
+from normkit.cli.output import show, show_json
+from normkit.report import document, table
+from normkit.report.words import verdict
+
+ONE_TABLE = 118  # columns of a terminal
+
+
+@dataclass
+class Report:
+    """Make the page of a comparison again from its directory; works at any time, also while it still runs."""
+
+    directory: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
+    """The directory that `normkit compare` printed."""
+    picture: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Also draw learning curves and learning-rate sensitivity into one picture: comparison.png or comparison.svg."""
+    json: bool = False
+    """Print the numbers as JSON instead of the table."""
+
+
+def main(argv: list[str]) -> int:
+    from normkit.lab.analyse import analyse
+
+    asked = arguments.parse(Report, argv, "report")
+    with from_user():
+        summary = analyse(asked.directory)
+        drawn = None if asked.picture is None else report.picture(asked.directory, asked.picture)
+        page = report.write(asked.directory)
+    if asked.json:
+        show_json({"answer": verdict(summary), "page": str(page), **summary})
+    else:
+        show_result(summary, page, drawn)
+    return 0
+
+
+def show_result(summary: dict[str, Any], page: Path, picture: Path | None = None) -> None:
+    """The answer in words, the table, where the page is, and the next command to type."""
+    files = [f"page: {page}", *([f"picture: {picture}"] if picture else [])]
+    show(verdict(summary), *terminal_tables(summary), "\n".join(files), then=following(summary, page.parent))
+
+
+def terminal_tables(summary: dict[str, Any]) -> list[Table]:
+    """The main table for rich, as two where one would not fit into the terminal."""
+    columns = table.main_columns(summary)
+    narrow = sys.stdout.isatty() and shutil.get_terminal_size().columns < ONE_TABLE
+    half = (len(columns) + 1) // 2
+    parts = (columns[:half], columns[half:]) if narrow else (columns,)
+    return [_terminal_table(table.table(summary, part)) for part in parts]
+
+
+def _terminal_table(content: document.Table) -> Table:
+    drawn = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for index, title in enumerate(content.header):
+        drawn.add_column(title, justify="right" if index in content.numeric else "left")
+    for row in content.rows:
+        drawn.add_row(*(cell.replace(" [", "\n[").replace(" (", "\n(") for cell in row))  # an interval under its number
+    return drawn
+
+
+def following(summary: dict[str, Any], directory: Path) -> str:
+    """What one would type next: the rest of the runs, then a larger budget, then the picture."""
+    experiment = summary["experiment"]
+    command = str(experiment.get("command") or "")
+    unfinished = any(arm["runs"]["unfinished"] for point in summary["points"] for arm in point["arms"])
+    typed = command.startswith("normkit compare")
+    if typed and unfinished:
+        return command
+    if typed and experiment.get("budget") == "quick":
+        return " ".join(word for word in command.split() if word != "--quick")
+    if typed and experiment.get("budget") == "default":
+        return f"{command} --thorough"
+    return f"normkit report {shlex.quote(str(directory))} --picture {shlex.quote(str(directory / 'picture.png'))}"

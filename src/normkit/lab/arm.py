@@ -1,0 +1,150 @@
+"""Arm: one side of a comparison, and its grammar: `batch+adamw+dropout:0.2+placement:after+init:0.1`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from normkit.lab.errors import LabError, nearest
+
+OPTIMIZERS = ("sgd", "momentum", "adamw")
+PLACEMENTS = ("before", "after")
+OPTIONS = ("dropout", "init", "placement")
+GRAMMAR = (
+    "an arm is a norm and what goes with it, joined by +: none, batch, group:8, none+adamw, batch+momentum, "
+    "batch+dropout:0.2, batch+placement:after, none+init:0.1"
+)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One side of a comparison: a norm together with what it is combined with.
+
+    norm: what `normkit.create` takes ("none", "batch", "group:8", ...). optimizer: sgd, momentum (SGD with momentum
+    0.9), adamw, or None for the task's own. placement: norm before or after the activation. dropout: probability
+    behind each activation. init: gain, a factor on every initial weight of linear, convolutional and recurrent layers.
+    """
+
+    norm: str = "none"
+    optimizer: str | None = None
+    placement: str = "before"
+    dropout: float = 0.0
+    init: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.optimizer is not None and self.optimizer not in OPTIMIZERS:
+            raise LabError(
+                f"unknown optimizer {self.optimizer!r}{nearest(self.optimizer, OPTIMIZERS)} "
+                f"(known: {', '.join(OPTIMIZERS)})"
+            )
+        if self.placement not in PLACEMENTS:
+            raise LabError(f"placement:{self.placement} is neither placement:before nor placement:after the activation")
+        if not 0 <= self.dropout < 1:
+            raise LabError(f"dropout:{self.dropout:g} is no probability; choose 0 <= dropout < 1, e.g. dropout:0.2")
+        if not 0 < self.init < float("inf"):
+            raise LabError(f"init:{self.init:g} is no gain; choose a positive factor on the initial weights")
+
+    @property
+    def name(self) -> str:
+        """The arm in its own grammar, with nothing that is a default: the key of every table."""
+        parts = [self.norm]
+        parts += [self.optimizer] if self.optimizer else []
+        parts += [f"dropout:{self.dropout:g}"] if self.dropout else []
+        parts += [f"placement:{self.placement}"] if self.placement != "before" else []
+        parts += [f"init:{self.init:g}"] if self.init != 1 else []
+        return "+".join(parts)
+
+    def record(self, optimizer: str) -> dict[str, Any]:
+        """The arm as experiment.json has it; optimizer: the task's own, for an arm that names none."""
+        fields = asdict(self) | {"optimizer": self.optimizer or optimizer}
+        return {"name": self.name, **fields}
+
+    def with_knob(self, knob: str, value: float) -> Arm:
+        """The arm with one of its own knobs (init, dropout) set to a value of a sweep."""
+        if knob == "init":
+            return replace(self, init=float(value))
+        return replace(self, dropout=float(value))
+
+
+def parse_arm(text: str) -> Arm:
+    """Reads one arm, e.g. `batch+dropout:0.2+adamw`; raises LabError with the nearest word when one is unknown."""
+    parts = [part.strip() for part in text.split("+")]
+    if not all(parts):
+        raise LabError(f"arm {text!r} has an empty part; {GRAMMAR}")
+    optimizers = [part.lower() for part in parts if part.lower() in OPTIMIZERS]
+    options = [part for part in parts if part.split(":")[0].lower() in OPTIONS]
+    norms = [part for part in parts if part.lower() not in OPTIMIZERS and part not in options]
+    if sorted(optimizers) == ["momentum", "sgd"]:
+        optimizers = ["momentum"]  # `sgd+momentum` says the same in more words
+    if len(optimizers) > 1:
+        raise LabError(f"arm {text!r} names {len(optimizers)} optimizers ({', '.join(optimizers)}); choose one")
+    if len(norms) > 1:
+        raise LabError(
+            f"arm {text!r} has a part that is unknown: {norms[1]!r}"
+            f"{nearest(norms[1].split(':')[0], (*OPTIMIZERS, *OPTIONS))}; {GRAMMAR}"
+        )
+    if not norms:
+        raise LabError(f"arm {text!r} names no norm; write none+{text} for a network without normalization")
+    return Arm(
+        norm=check_norm(norms[0]), optimizer=optimizers[0] if optimizers else None, **_read_options(text, options)
+    )
+
+
+def parse_arms(arms: str | Iterable[str | Arm]) -> tuple[Arm, ...]:
+    """Reads the arms of a comparison from `none, batch, none+adamw` or from a list of arms; each may occur once."""
+    items: Sequence[str | Arm] = _split(arms) if isinstance(arms, str) else list(arms)
+    parsed = tuple(arm if isinstance(arm, Arm) else parse_arm(arm) for arm in items)
+    if not parsed:
+        raise LabError(f"no arms to compare; {GRAMMAR}")
+    names = [arm.name for arm in parsed]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise LabError(f"arm {twice[0]!r} is given {names.count(twice[0])} times; give each arm once")
+    return parsed
+
+
+def check_norm(spec: str) -> str:
+    """The norm as typed when `normkit.create` knows it, otherwise LabError with its suggestion.
+
+    Features are chosen so that every number of groups divides them; whether the number divides the channels of a
+    network only the network can say.
+    """
+    import normkit
+
+    argument = spec.partition(":")[2]
+    channels = 64 * int(argument) if argument.isdigit() and int(argument) > 0 else 64
+    try:
+        normkit.create(spec, channels, dim=2)
+    except (ValueError, TypeError) as error:
+        raise LabError(f"arm {spec!r}: {error}") from None
+    return spec
+
+
+def _split(text: str) -> list[str]:
+    items = [item.strip() for item in text.split(",")]
+    if not all(items):
+        raise LabError(f"{text!r} has an empty place between its commas; {GRAMMAR}")
+    return items
+
+
+def _read_options(text: str, options: list[str]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for option in options:
+        key, _, value = (word.strip().lower() for word in option.partition(":"))
+        if key in values:
+            raise LabError(f"arm {text!r} gives {key} twice; give it once")
+        if not value:
+            raise LabError(f"arm {text!r}: {key} needs a value, e.g. {_EXAMPLES[key]}")
+        values[key] = value if key == "placement" else _number(text, key, value)
+    return values
+
+
+def _number(text: str, key: str, value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise LabError(f"arm {text!r}: {key}:{value} is no number; write e.g. {_EXAMPLES[key]}") from None
+
+
+_EXAMPLES = {"dropout": "dropout:0.2", "init": "init:0.1", "placement": "placement:after"}

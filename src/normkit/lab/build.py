@@ -1,0 +1,93 @@
+"""Model, optimizer and initial weights of one arm: the same linear weights for every arm that has the same seed."""
+
+from __future__ import annotations
+
+import inspect
+import random
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from normkit.lab.arm import Arm
+from normkit.lab.errors import LabError
+from normkit.lab.experiment import Experiment
+from normkit.lab.initial import scale_weights_, weights_fingerprint
+from normkit.lab.norm_layer import NormLayer, norms_of
+from normkit.lab.seeds import derive, generator
+
+_OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr),
+    "momentum": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr, momentum=0.9),
+    "adamw": lambda parameters, lr: torch.optim.AdamW(parameters, lr=lr),  # weight decay 0.01, as torch has it
+}
+
+
+def build_model(experiment: Experiment, arm: Arm, seed: int) -> tuple[nn.Module, str]:
+    """The network of an arm in training mode, and the fingerprint of its weights before the arm's gain.
+
+    The builder runs under a seeded global generator and norms draw nothing, so weights that it draws itself agree
+    across arms too; `Experiment.initial` draws from a generator of its own.
+    """
+    seed_everything(derive(seed, "model"))
+    model = experiment.model(NormLayer(arm.norm, experiment.dim), **_options(experiment, arm))
+    if not isinstance(model, nn.Module):
+        raise LabError(
+            f"the model builder of {experiment.name} returned {type(model).__name__}; expected a torch.nn.Module"
+        )
+    if not norms_of(model):
+        raise LabError(
+            f"the model builder of {experiment.name} never called norm_layer, so every arm would be the same network; "
+            "build each norm as norm_layer(num_features)"
+        )
+    if experiment.initial is not None:
+        experiment.initial(model, generator(seed, "weights"))
+    drawn = weights_fingerprint(model)
+    if arm.init != 1:
+        scale_weights_(model, arm.init)
+    return model.train(), drawn
+
+
+def build_optimizer(experiment: Experiment, arm: Arm, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """The arm's optimizer, or the experiment's when the arm names none."""
+    return _OPTIMIZERS[arm.optimizer or experiment.optimizer](model.parameters(), lr)
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds the global generators of torch, Python and (when something imported it) numpy."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed % 2**32)
+
+
+def check_arms(experiment: Experiment, arms: tuple[Arm, ...]) -> None:
+    """Builds every arm's network once; raises LabError for an arm that cannot be built, before anything is trained."""
+    for arm in arms:
+        try:
+            build_model(experiment, arm, seed=0)
+        except LabError:
+            raise
+        except Exception as error:
+            raise LabError(
+                f"arm {arm.name!r}: the network of {experiment.name} cannot be built: {type(error).__name__}: {error}"
+            ) from error
+
+
+def _options(experiment: Experiment, arm: Arm) -> dict[str, Any]:
+    """What the arm asks of the builder beyond its norm; LabError when the builder does not take it."""
+    asked: dict[str, tuple[Any, bool]] = {
+        "dropout": (arm.dropout, arm.dropout != 0),
+        "placement": (arm.placement, arm.placement != "before"),
+    }
+    parameters = inspect.signature(experiment.model).parameters
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for name, (_, needed) in asked.items():
+        if needed and not takes_all and name not in parameters:
+            raise LabError(
+                f"arm {arm.name!r} needs `{name}`, but the model builder of {experiment.name} takes "
+                f"({', '.join(parameters)}); add a parameter `{name}` to the builder or leave the arm out"
+            )
+    return {name: value for name, (value, _) in asked.items() if takes_all or name in parameters}

@@ -1,0 +1,108 @@
+"""The run directory as the engine writes it: experiment.json and one place per cell (docs/run-directory.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from normkit.lab.cell import Cell
+from normkit.lab.errors import LabError
+from normkit.lab.experiment import Experiment
+from normkit.lab.parallel import Parallel
+from normkit.lab.recipe import Recipe
+from normkit.lab.search import Choice
+from normkit.vocabulary.record import SCHEMA, encode, read_experiment, read_json, write_json
+
+
+def default_directory(recipe: Recipe) -> Path:
+    """runs/<name>-<hash>: another question has another hash, so it never meets old results."""
+    return Path("runs") / f"{recipe.name}-{recipe.hash}"
+
+
+def open_directory(
+    directory: Path, recipe: Recipe, experiment: Experiment, split: dict[str, int], parallel: Parallel, command: str
+) -> int:
+    """Begins a run directory, or goes on in one that holds the same question; returns the threads per cell.
+
+    Raises LabError when it holds another question: results are never overwritten. The number of threads stays what it
+    was when the directory was begun, because it may change the last bits of a sum.
+    """
+    path = directory / "experiment.json"
+    if path.exists():
+        return _same_question(directory, recipe)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise LabError(f"--out {directory} exists and is no run directory; give a new or an empty directory")
+    (directory / "cells").mkdir(parents=True)
+    from normkit.lab.environment import environment
+
+    write_json(
+        path,
+        {
+            "schema": SCHEMA,
+            "name": recipe.name,
+            "title": experiment.title or recipe.name,
+            "description": experiment.description,
+            "command": command,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "metric": experiment.metric.record(),
+            "split": split,
+            **recipe.question(),
+            "hash": recipe.hash,
+            "chosen": {},
+            "environment": environment(parallel),
+        },
+    )
+    return parallel.threads
+
+
+def prepare_cell(directory: Path, cell: Cell) -> dict[str, Any]:
+    """Makes the cell's place when it is new, and returns its status."""
+    place = directory / "cells" / cell.name
+    if not (place / "status.json").exists():
+        place.mkdir(parents=True, exist_ok=True)
+        write_json(place / "config.json", cell.config())
+        write_json(place / "status.json", {"state": "pending", "reason": None, "attempts": 0})
+    return read_json(place / "status.json")
+
+
+def write_status(directory: Path, cell: Cell, status: Mapping[str, Any]) -> None:
+    """Replaces the status of a cell."""
+    write_json(directory / "cells" / cell.name / "status.json", dict(status))
+
+
+def read_chosen(directory: Path) -> dict[str, Any]:
+    """The rates that were chosen so far."""
+    return read_experiment(directory)["chosen"]
+
+
+def write_chosen(directory: Path, chosen: Mapping[str, Choice], rates: Mapping[str, list[float]]) -> None:
+    """Adds chosen rates, and the rates each value of the knob was searched at, to experiment.json."""
+    content = read_experiment(directory)
+    content["chosen"] |= {key: choice.record() for key, choice in chosen.items()}
+    content["rates"]["searched"] = content["rates"].get("searched", {}) | dict(rates)
+    write_json(directory / "experiment.json", content)
+
+
+def _same_question(directory: Path, recipe: Recipe) -> int:
+    try:
+        content = read_experiment(directory)
+    except ValueError as error:
+        raise LabError(str(error)) from None
+    asked, found = encode(recipe.question()), encode({key: content.get(key) for key in recipe.question()})
+    found["rates"] = {key: found["rates"][key] for key in asked["rates"]}
+    differences = [
+        f"{key} was {_short(found[key])}, now {_short(asked[key])}" for key in asked if asked[key] != found[key]
+    ]
+    if differences:
+        raise LabError(
+            f"{directory} holds another experiment: {'; '.join(differences)}. Its results are kept: give another "
+            "--out, or none to get a directory of its own"
+        )
+    return int(content["environment"]["threads"])
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."

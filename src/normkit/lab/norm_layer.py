@@ -1,0 +1,33 @@
+"""NormLayer: what a model builder gets as `norm_layer`, and how the lab finds the norms again inside a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+import normkit
+
+_MARK = "made_by_norm_layer"
+
+
+@dataclass(frozen=True)
+class NormLayer:
+    """A picklable callable `norm_layer(num_features)` that builds the norm of one arm.
+
+    dim: 1 for features (n, c), 2 for images (n, c, h, w), 3 for volumes; a model that mixes them passes `dim=` itself.
+    """
+
+    spec: str
+    dim: int = 1
+
+    def __call__(self, num_features: int, *, dim: int | None = None, **options: Any) -> nn.Module:
+        norm = normkit.create(self.spec, num_features, dim=dim or self.dim, **options)
+        setattr(norm, _MARK, True)
+        return norm
+
+
+def norms_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that `norm_layer` built, by name: the norms of an arm, or the identities in their place."""
+    return {name: module for name, module in model.named_modules() if getattr(module, _MARK, False)}

@@ -1,0 +1,13 @@
+"""The menu of built-in tasks: one line each; a task is a function that returns an `Experiment`."""
+
+from __future__ import annotations
+
+TASKS = {
+    "digits": "normkit.lab.tasks.digits:digits",
+    "digits-relu": "normkit.lab.tasks.digits:digits_relu",
+    "digits-cnn": "normkit.lab.tasks.digits_cnn:digits_cnn",
+    "digits-sequence": "normkit.lab.tasks.digits_sequence:digits_sequence",
+    "text": "normkit.lab.tasks.text:text",
+    "tabular": "normkit.lab.tasks.tabular:tabular",
+}
+DEFAULT = "digits"

@@ -1,0 +1,73 @@
+"""What an arm is called in a sentence: "batch+dropout:0.2" is "batch norm with dropout 0.2"."""
+
+from __future__ import annotations
+
+from typing import Any
+
+NORMS = {
+    "none": "no normalization",
+    "batch": "batch norm",
+    "layer": "layer norm",
+    "rms": "RMS norm",
+    "group": "group norm",
+    "instance": "instance norm",
+    "dyt": "DyT",
+}
+ALIASES = {"bn": "batch", "ln": "layer", "gn": "group", "in": "instance", "identity": "none"}
+OPTIMIZERS = {"sgd": "SGD", "momentum": "momentum", "adam": "Adam", "adamw": "AdamW"}
+
+
+def label(arm: str) -> str:
+    """The arm in words; a name that is no composition of known parts (a user's own) stays as it is."""
+    norm, *options = arm.split("+")
+    kind, _, groups = norm.partition(":")
+    kind = _kind(kind)
+    if kind not in NORMS or (groups and kind != "group"):
+        return arm
+    words = NORMS[kind] + (f" ({groups} groups)" if groups else "")
+    additions = []
+    for option in options:
+        key, _, value = option.partition(":")
+        if option in OPTIMIZERS:
+            additions.append(OPTIMIZERS[option])
+        elif key == "dropout" and value:
+            additions.append(f"dropout {value}")
+        elif key == "init" and value:
+            additions.append(f"initial gain {value}")
+        elif key == "placement" and value in ("before", "after"):
+            words += f" {value} the activation"
+        else:
+            return arm
+    return f"{words} with {' and '.join(additions)}" if additions else words
+
+
+def _kind(norm: str) -> str:
+    """One spelling for the many that are typed: BN, batch_norm and BatchNorm2d are "batch"."""
+    word = norm.lower().replace("_", "").removesuffix("1d").removesuffix("2d").removesuffix("3d")
+    return ALIASES.get(word, word.removesuffix("norm"))
+
+
+def is_plain(arm: dict[str, Any]) -> bool:
+    """Does the arm train without any normalization?"""
+    return _kind(str(arm.get("norm") or arm["name"].split("+")[0])) == "none"
+
+
+def sentence(text: str) -> str:
+    """With a capital first letter and a full stop."""
+    text = text.strip()
+    return text[:1].upper() + text[1:] + ("" if text.endswith((".", ":", "?")) else ".")
+
+
+def listing(items: list[str]) -> str:
+    """a; a and b; a, b and c."""
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}" if items else ""
+
+
+def knob_words(experiment: dict[str, Any]) -> str:
+    """The swept knob as prose has it: "batch size"."""
+    return str(experiment["sweep"]["knob"]).replace("-", " ").replace("_", " ")
+
+
+def knob_value(value: Any) -> str:
+    """A value of the knob as it was typed: 0.1, 64, "pixels"."""
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,1 @@
+"""One file per family of figures; each takes the summary and returns ``document.Figure`` objects."""

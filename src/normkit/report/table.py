@@ -1,0 +1,117 @@
+"""The tables of a summary, each defined once as columns of text; terminal, page and Markdown only set them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from normkit.report import numbers as n
+from normkit.report.document import Table
+from normkit.report.labels import knob_value, label
+
+Arm = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: its header and the text of its cell for (arm, metric)."""
+
+    header: str
+    cell: Callable[[Arm, dict[str, Any]], str]
+
+
+def _reached(arm: Arm, _: Any) -> str:
+    return f"{arm['runs']['reached']} of {arm['runs']['finished']}"
+
+
+def _median(key: str, write: Callable[[float | None], str]) -> Callable[[Arm, Any], str]:
+    """A median over runs of which half or more never arrive is later than the budget, and says so."""
+
+    def cell(arm: Arm, _: Any) -> str:
+        race = arm[key]
+        if race["of"] and race["median"] is None:
+            return "rarely" if race["reached"] else "never"
+        return write(race["median"])
+
+    return cell
+
+
+RATE = Column("rate", lambda a, m: n.rate(a["lr"]))
+REACHED = Column("reach target", _reached)
+STEPS = Column("steps to target", _median("steps_to_target", n.count))
+FEWER = Column("fewer steps", lambda a, m: n.ratio(a.get("steps_ratio")))
+SECONDS = Column("seconds to target", _median("seconds_to_target", n.seconds))
+LESS = Column("less time", lambda a, m: n.ratio(a.get("seconds_ratio")))
+TEST = Column("test {metric}", lambda a, m: n.metric_interval(a["test"], m))
+GAP = Column("difference", lambda a, m: n.difference(a["test_difference"], m) if "test_difference" in a else "baseline")
+USABLE = Column("usable rates", lambda a, m: n.decades(a["usable_rates"]))
+STABLE = Column("stable rates", lambda a, m: n.decades(a["stable_rates"]))
+DIVERGED = Column("diverged", lambda a, m: n.count(a["runs"]["diverged"]))
+CENSORED = Column("not in budget", lambda a, m: n.count(a["runs"]["censored"]))
+FAILED = Column("failed", lambda a, m: n.count(a["runs"]["failed"]))
+UNFINISHED = Column("unfinished", lambda a, m: n.count(a["runs"]["unfinished"]))
+MS = Column("ms per step", lambda a, m: n.significant(a["ms_per_step"]))
+SHARE = Column("in norms", lambda a, m: n.share(a["norm_share"]))
+PARAMETERS = Column("parameters", lambda a, m: n.NOTHING if a["parameters"] is None else f"{a['parameters']:,.0f}")
+MEMORY = Column(
+    "peak memory, MB", lambda a, m: n.NOTHING if a["peak_memory_mb"] is None else f"{a['peak_memory_mb']:.0f}"
+)
+DEAD = Column("dead units", lambda a, m: n.share(a["dead_units"]))
+VARIANCE = Column("variance, evaluation / training", lambda a, m: variance_ratio(a["variance_ratio"]))
+
+RESULTS = (RATE, STEPS, FEWER, SECONDS, LESS, TEST, GAP)
+RACE = (REACHED, CENSORED, DIVERGED, USABLE, STABLE)
+COST = (MS, SHARE, PARAMETERS, MEMORY)
+IN_A_SWEEP = (STEPS, FEWER, SECONDS, LESS, TEST, DIVERGED)
+TERMINAL = (RATE, STEPS, FEWER, SECONDS, LESS, TEST, USABLE, DIVERGED, MS)
+
+
+def variance_ratio(layers: dict[str, float | None] | None) -> str:
+    """Lowest and highest ratio over the norm layers."""
+    known = [value for value in (layers or {}).values() if value is not None]
+    if not known:
+        return n.NOTHING
+    low, high = n.significant(min(known)), n.significant(max(known))
+    return low if low == high else f"{low} to {high}"
+
+
+def table(summary: dict[str, Any], columns: Sequence[Column], caption: str = "") -> Table:
+    """One row per arm (and knob value in a sweep), one column per entry of ``columns``."""
+    experiment = summary["experiment"]
+    about, sweep = experiment["metric"], experiment.get("sweep")
+    header = [column.header.format(metric=about["name"]) for column in columns]
+    first = [sweep["knob"], "arm"] if sweep else ["arm"]
+    rows, arms = [], []
+    for point in summary["points"]:
+        for arm in point["arms"]:
+            start = [knob_value(point["knob"])] if sweep else []
+            rows.append([*start, label(arm["name"]), *(column.cell(arm, about) for column in columns)])
+            arms.append(arm["name"])
+    numeric = frozenset(range(len(first), len(first) + len(columns)))
+    return Table(first + header, rows, caption, numeric, arms)
+
+
+def rows(summary: dict[str, Any]) -> list[list[str]]:
+    """The main table as text, header first."""
+    main = table(summary, main_columns(summary))
+    return [main.header, *main.rows]
+
+
+def main_columns(summary: dict[str, Any]) -> tuple[Column, ...]:
+    """The columns that answer the question; a sweep has so many rows that it leaves out what its page shows."""
+    return (*(IN_A_SWEEP if summary["experiment"].get("sweep") else TERMINAL), *extras(summary))
+
+
+def race_columns(summary: dict[str, Any]) -> tuple[Column, ...]:
+    """Who arrived and at which rates; runs that crashed or are still to come only where there are any."""
+    runs = [arm["runs"] for point in summary["points"] for arm in point["arms"]]
+    lost = ((FAILED, "failed"), (UNFINISHED, "unfinished"))
+    return (*RACE[:3], *(column for column, key in lost if any(run[key] for run in runs)), *RACE[3:])
+
+
+def extras(summary: dict[str, Any]) -> tuple[Column, ...]:
+    """Columns that only some experiments fill: dead units (ReLU), variance ratios (dropout)."""
+    arms = [arm for point in summary["points"] for arm in point["arms"]]
+    wanted = ((DEAD, "dead_units"), (VARIANCE, "variance_ratio"))
+    return tuple(column for column, key in wanted if any(arm[key] is not None for arm in arms))
