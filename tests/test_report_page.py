@@ -128,7 +128,7 @@ def test_html_and_markdown_have_the_same_tables(digits, page):
 
 def test_all_three_say_the_same_answer(digits):
     summary = json.loads((digits / "summary.json").read_text())
-    text = re.sub(r"<[^>]+>", "", (digits / "report.html").read_text())
+    text = re.sub(r"<[^>]+>", "", (digits / "report.html").read_text()).replace("\N{NO-BREAK SPACE}", " ")
     plain = re.sub(r"\\(.)", r"\1", (digits / "report.md").read_text())
     assert verdict(summary) in text
     assert f"**{verdict(summary)}**" in plain
@@ -280,6 +280,17 @@ def test_sweep_page(tmp_path):
     assert len(text) < 2_000_000
 
 
+def test_long_sweep_stays_small(tmp_path):
+    rows = {value: {"none": Script([400]), "batch": Script([100])} for value in range(1, 16)}
+    path = synthetic.sweep(tmp_path, "depth", rows)
+    analyse(path)
+    text = report.write(path).read_text()
+    assert len(text.encode()) < 2_000_000
+    assert "7 of the 15 values are drawn; summary.json holds all." in text
+    assert {"depth 1", "depth 15"} <= set(re.findall(r"<summary>(depth \d+)</summary>", text))
+    assert len(Page(text).tables[0]) == 1 + 15 * 2
+
+
 @pytest.mark.parametrize(
     "arms",
     [
@@ -418,7 +429,8 @@ def test_table_is_split_where_the_terminal_is_narrow(digits, monkeypatch):
 @pytest.mark.parametrize(
     ("budget", "command", "words"),
     [
-        ("quick", "normkit compare digits --quick", "normkit compare digits"),
+        ("quick", "normkit compare digits --quick --out 'my runs' --seeds 3", "normkit compare digits --seeds 3"),
+        ("quick", "normkit compare digits --quick --out=here", "normkit compare digits"),
         ("default", "normkit compare digits", "normkit compare digits --thorough"),
         ("thorough", "normkit compare digits --thorough", "normkit report runs/a --picture runs/a/picture.png"),
         ("default", "normkit.lab.compare('digits')", "normkit report runs/a --picture runs/a/picture.png"),

@@ -20,6 +20,7 @@ from normkit.report import document, table
 from normkit.report.words import verdict
 
 ONE_TABLE = 118  # columns of a terminal
+LARGER: dict[Any, list[str]] = {"quick": [], "default": ["--thorough"]}
 
 
 @dataclass
@@ -77,12 +78,18 @@ def following(summary: dict[str, Any], directory: Path) -> str:
     """What one would type next: the rest of the runs, then a larger budget, then the picture."""
     experiment = summary["experiment"]
     command = str(experiment.get("command") or "")
+    budget = experiment.get("budget")
     unfinished = any(arm["runs"]["unfinished"] for point in summary["points"] for arm in point["arms"])
-    typed = command.startswith("normkit compare")
-    if typed and unfinished:
-        return command
-    if typed and experiment.get("budget") == "quick":
-        return " ".join(word for word in command.split() if word != "--quick")
-    if typed and experiment.get("budget") == "default":
-        return f"{command} --thorough"
-    return f"normkit report {shlex.quote(str(directory))} --picture {shlex.quote(str(directory / 'picture.png'))}"
+    if command.startswith("normkit compare ") and (unfinished or budget in LARGER):
+        return command if unfinished else shlex.join([*_elsewhere(command), *LARGER[budget]])
+    return shlex.join(["normkit", "report", str(directory), "--picture", str(directory / "picture.png")])
+
+
+def _elsewhere(command: str) -> list[str]:
+    """The command without budget and directory: with another budget it is another experiment, in another place."""
+    words = shlex.split(command)
+    return [
+        word
+        for before, word in zip(["", *words], words, strict=False)
+        if word not in ("--quick", "--thorough", "--out") and before != "--out" and not word.startswith("--out=")
+    ]

@@ -56,12 +56,12 @@ def _blocks(blocks: Iterable[Block], colours: dict[str, int]) -> str:
 def _block(block: Block, colours: dict[str, int]) -> str:
     match block:
         case Text(text, kind):
-            return f'<p class="{kind}">{_rich(text) if kind == "answer" else _interval(escape(text))}</p>'
+            return f'<p class="{kind}">{_rich(text) if kind == "answer" else _prose(text)}</p>'
         case Items(items, None):
-            return f"<ul>{''.join(f'<li>{_interval(escape(item))}</li>' for item in items)}</ul>"
+            return f"<ul>{''.join(f'<li>{_prose(item)}</li>' for item in items)}</ul>"
         case Items(items, list(terms)):
             pairs = zip(terms, items, strict=True)
-            return f"<dl>{''.join(f'<dt>{escape(term)}</dt><dd>{escape(item)}</dd>' for term, item in pairs)}</dl>"
+            return f"<dl>{''.join(f'<dt>{escape(term)}</dt><dd>{_prose(item)}</dd>' for term, item in pairs)}</dl>"
         case Table():
             return _table(block, colours)
         case Code(text):
@@ -115,4 +115,9 @@ def _interval(text: str) -> str:
 
 def _rich(text: str) -> str:
     """The answer: effects in bold, intervals stepping back."""
-    return EFFECT.sub(r"<b>\1</b>", _interval(escape(text)))
+    return EFFECT.sub(r"<b>\1</b>", _prose(text))
+
+
+def _prose(text: str) -> str:
+    """A number stays on one line with its percent sign."""
+    return _interval(escape(text).replace(" %", "\N{NO-BREAK SPACE}%"))

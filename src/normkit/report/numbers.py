@@ -114,6 +114,8 @@ def difference(result: dict[str, Any], about: dict[str, Any]) -> str:
 
 
 def _signed(value: float, digits: int) -> str:
+    """With a sign, and with one more digit where it would read as zero."""
+    digits += value != 0 and round(value, digits) == 0
     return f"{value:+.{digits}f}".replace("-", "−")
 
 

@@ -21,6 +21,7 @@ from normkit.report.runs import runs
 from normkit.report.words import verdict
 
 Summary = dict[str, Any]
+OPENED_VALUES = 7  # of a sweep's values have figures of their own, so that the page stays a page
 
 UNIT_NOTE = (
     "Percentiles 15, 50 and 85 of the input to the non-linearity of one unit of the last hidden layer, over fixed "
@@ -86,20 +87,27 @@ def _sweep(summary: Summary) -> list[Block]:
 
 
 def _per_point(summary: Summary, prefix: str, draw: Any) -> list[Block]:
-    """The figures of the one point, or those of every knob value behind a line that opens them."""
+    """The figures of the one point, or those of the knob's values, each behind a line that opens them."""
     if not summary["experiment"].get("sweep"):
         return list(draw(summary, summary["points"][0], prefix))
-    knob = knob_words(summary["experiment"])
+    knob, points = knob_words(summary["experiment"]), summary["points"]
+    last, most = len(points) - 1, min(len(points), OPENED_VALUES)
+    chosen = sorted({round(i * last / max(1, most - 1)) for i in range(most)})
     folded: list[Block] = []
-    for index, point in enumerate(summary["points"]):
-        figures = list(draw(summary, point, f"{prefix}-{index}"))
+    for index in chosen:
+        figures = list(draw(summary, points[index], f"{prefix}-{index}"))
         if figures:
-            folded.append(Folded(f"{knob} {knob_value(point['knob'])}", figures))
+            folded.append(Folded(f"{knob} {knob_value(points[index]['knob'])}", figures))
+    if folded and len(chosen) < len(points):
+        folded.append(Text(f"{len(chosen)} of the {len(points)} values are drawn; summary.json holds all.", "note"))
     return folded
 
 
 def _learning(summary: Summary) -> list[Block]:
-    note = "Median of the seeds; the band reaches from the worst seed to the best. The dot is where the median arrives."
+    note = (
+        "Median of the seeds; the band reaches from the worst seed to the best. The dot is when the median seed first "
+        "reaches the target."
+    )
     return _or_nothing([Text(note, "note"), _legend(summary)], _per_point(summary, "learning", learning_curves))
 
 

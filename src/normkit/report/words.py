@@ -93,7 +93,8 @@ def gain(result: dict[str, Any], of: str) -> str:
 
 def speed_up(result: dict[str, Any]) -> str:
     """The bare ratio, for a result that does not say in which direction."""
-    value = "unknown" if result["value"] is None else f"{factor(result['value'])}×"
+    beyond = {"at least": "more than ", "at most": "less than "}.get(result["bound"], "")
+    value = "unknown" if result["value"] is None else f"{beyond}{factor(result['value'])}×"
     return f"speed-up {value} {factor_interval(result['low'], result['high'])}"
 
 

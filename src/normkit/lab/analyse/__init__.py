@@ -12,7 +12,7 @@ from normkit.lab.analyse.intervals import LEVEL, RESAMPLES
 from normkit.vocabulary.record import Record, encode, write_json
 
 SCHEMA = 1
-POINTS_IN_A_SWEEP = 120  # curves are drawn once per knob value, so each may be coarser
+POINTS_OF_A_SWEEP = 600  # shared by its values: curves are drawn once per value, so each may be coarser
 
 
 def analyse(directory: str | Path) -> dict[str, Any]:
@@ -25,12 +25,13 @@ def analyse(directory: str | Path) -> dict[str, Any]:
     experiment = run.experiment
     sweep = experiment.get("sweep")
     values = sweep["values"] if sweep else [None]
+    points = max(40, POINTS_OF_A_SWEEP // len(values)) if sweep else POINTS
     summary = encode(
         {
             "schema": SCHEMA,
             "experiment": experiment,
             "statistics": {"level": LEVEL, "resamples": RESAMPLES, "interval": "expanded percentile bootstrap"},
-            "points": [_point(run, value, POINTS_IN_A_SWEEP if sweep else POINTS) for value in values],
+            "points": [_point(run, value, points) for value in values],
             "runs": [_run(cell) for cell in run.cells],
             "common_configuration": _common([cell.config for cell in run.cells]),
             "problems": run.problems,

@@ -49,7 +49,7 @@ def describe(cells: ArmCells, chosen: dict[str, Any] | None, points: int) -> dic
         "variance_ratio": _variance_ratio(ran),
         "curve": learning_curve(ran, points),
         "divergences": [_divergence(cell) for cell in ran if cell.state == "diverged"],
-        "unit": unit_percentiles(ran),
+        "unit": unit_percentiles(ran, min(points, 200)),
         "gradient_norms": gradient_norms(ran),
     }
 

@@ -45,7 +45,7 @@ def thin(steps: Sequence[int], points: int) -> list[int]:
     return [steps[i] for i in sorted(even | early)]
 
 
-def unit_percentiles(cells: Sequence[Record], points: int = 200) -> dict[str, Any] | None:
+def unit_percentiles(cells: Sequence[Record], points: int) -> dict[str, Any] | None:
     """Percentiles 15, 50 and 85 of the late unit over training, from the first seed that has them; None without any."""
     for cell in cells:
         lines = {int(line["step"]): line["unit"] for line in cell.inside if line.get("unit")}

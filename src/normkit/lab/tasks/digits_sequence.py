@@ -13,8 +13,8 @@ from normkit.lab.experiment import SGD_RATES, Experiment
 from normkit.lab.labelled import split
 from normkit.lab.tasks.samples import images
 
-# Fixed by a pilot before any comparison (1 search and 3 final seeds, all four norms): 90 % is reached within 20 steps by
-# every arm, too fast to tell them apart; 95 % is reached by every arm at its best rate.
+# Fixed by a pilot before any comparison (1 search and 3 final seeds, all four norms): 90 % is reached within 20 steps
+# by every arm, too fast to tell them apart; 95 % is reached by every arm at its best rate.
 TARGET = 0.95
 UNITS = ("rows", "pixels")
 

@@ -22,7 +22,7 @@ INK, MUTED, RULE, PAPER = "#1f2328", "#68707a", "#e3e5e8", "#fffffe"
 ARMS = ("#767c85", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7a5195")  # 0: the baseline
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.5, 1.2, 1.5)))
 MARKERS = "os^Dv<>P"
-WIDTH, HEIGHT = 470, 300  # CSS pixels at full size
+WIDTH, WIDE, HEIGHT = 470, 700, 300  # CSS pixels at full size
 
 VARIABLES = {INK: "--ink", MUTED: "--muted", RULE: "--rule", PAPER: "--paper"} | {
     colour: f"--arm-{index}" for index, colour in enumerate(ARMS)

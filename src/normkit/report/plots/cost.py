@@ -7,7 +7,7 @@ from typing import Any
 from normkit.report import numbers as n
 from normkit.report.document import Figure
 from normkit.report.labels import label
-from normkit.report.plots.canvas import INK, WIDTH, Canvas, line_style
+from normkit.report.plots.canvas import INK, WIDE, Canvas, line_style
 
 
 def step_cost(summary: dict[str, Any], point: dict[str, Any], name: str) -> list[Figure]:
@@ -15,7 +15,7 @@ def step_cost(summary: dict[str, Any], point: dict[str, Any], name: str) -> list
     arms = [arm for arm in point["arms"] if arm["ms_per_step"]]
     if not arms:
         return []
-    canvas = Canvas(2 * WIDTH, 56 + 44 * len(arms))
+    canvas = Canvas(WIDE, 56 + 44 * len(arms))
     with canvas as axes:
         for index, arm in enumerate(arms):
             whole, part = arm["ms_per_step"], (arm["norm_share"] or 0) * arm["ms_per_step"]

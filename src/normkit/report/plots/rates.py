@@ -13,7 +13,7 @@ from normkit.report.plots.canvas import (
     INK,
     MUTED,
     PAPER,
-    WIDTH,
+    WIDE,
     Canvas,
     line_style,
     logarithmic,
@@ -38,7 +38,7 @@ def sensitivity(summary: dict[str, Any], point: dict[str, Any], name: str) -> li
     panels = (
         ("steps", "Steps to the target by learning rate", draw_steps, Canvas()),
         ("best", best, draw_best, Canvas()),
-        ("range", "Where each arm can be used", draw_ranges, Canvas(2 * WIDTH, 50 + 46 * len(arms))),
+        ("range", "Where each arm can be used", draw_ranges, Canvas(WIDE, 50 + 46 * len(arms))),
     )
     figures = []
     for key, title, draw, canvas in panels:

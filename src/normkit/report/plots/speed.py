@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from normkit.report import numbers as n
 from normkit.report.document import Figure
 from normkit.report.labels import label
-from normkit.report.plots.canvas import INK, MUTED, WIDTH, Canvas, line_style, logarithmic
+from normkit.report.plots.canvas import INK, MUTED, WIDE, Canvas, line_style, logarithmic
 
 ROWS = (("steps_ratio", "steps", "o", 0.13), ("seconds_ratio", "time", "s", -0.13))
 
@@ -20,7 +20,7 @@ def speed_up(summary: dict[str, Any]) -> list[Figure]:
     arms = [arm for arm in summary["points"][0]["arms"] if arm["name"] != experiment["baseline"]]
     if not any(arm["steps_ratio"]["value"] for arm in arms):
         return []
-    canvas = Canvas(2 * WIDTH, 60 + 58 * len(arms))
+    canvas = Canvas(WIDE, 60 + 58 * len(arms))
     with canvas as axes:
         draw(axes, experiment, arms)
     title = f"How many times sooner than {label(experiment['baseline'])}"
