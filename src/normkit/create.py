@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -69,7 +70,8 @@ class Factory:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __call__(self, num_channels: int, **options: Any) -> nn.Module:
-        return create(self.name, num_channels, dim=self.dim, **{**self.options, **options})
+        own = copy.deepcopy(self.options)  # an activation that is a module is not shared between layers
+        return create(self.name, num_channels, dim=self.dim, **{**own, **options})
 
 
 def factory(name: Name, *, dim: int = 2, **options: Any) -> Factory:

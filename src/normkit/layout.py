@@ -58,24 +58,30 @@ class Layout:
 def parse(pattern: str) -> tuple[Axis, ...]:
     """The axes of a pattern, in order. Raises ValueError on anything outside the grammar."""
     axes: list[Axis] = []
-    pooled = inside = False
+    opened: list[str] = []
     for token in _TOKEN.findall(pattern):
         if token.isspace():
             continue
-        if token in "[]":
-            if pooled == (token == "["):
-                raise ValueError(f"pattern {pattern!r}: unbalanced brackets")
-            pooled = token == "["
-        elif token in "()":
-            if inside == (token == "("):
-                raise ValueError(f"pattern {pattern!r}: unbalanced parentheses, or more than one level")
-            inside = token == "("
-        elif token[0].isalpha():
-            axes.append(Axis(token[0], pooled, len(token) > 1, inside))
+        if token in "([":
+            if token in opened:
+                raise ValueError(f"pattern {pattern!r}: more than one level of {token!r}")
+            opened.append(token)
+        elif token in ")]":
+            if not opened or opened.pop() != {")": "(", "]": "["}[token]:
+                raise ValueError(f"pattern {pattern!r}: unbalanced {token!r}")
+        elif "a" <= token[0] <= "z":
+            axes.append(Axis(token[0], "[" in opened, len(token) > 1, "(" in opened))
         else:
             raise ValueError(f"pattern {pattern!r}: unexpected {token!r}")
-    if pooled or inside:
-        raise ValueError(f"pattern {pattern!r}: unbalanced brackets or parentheses")
+    if opened:
+        raise ValueError(f"pattern {pattern!r}: unbalanced {opened[-1]!r}")
+    names, inside = [axis.name for axis in axes], [axis for axis in axes if axis.inside]
+    if len(set(names)) < len(names):
+        raise ValueError(f"pattern {pattern!r}: a name stands for one axis and occurs once")
+    if sum(axis.many and axis.name != "c" for axis in axes) > 1:
+        raise ValueError(f"pattern {pattern!r}: only one name besides 'c' can stand for any number of axes")
+    if inside and (len(inside) != 2 or inside[0].name != "g" or any(axis.many for axis in inside)):
+        raise ValueError(f"pattern {pattern!r}: parentheses hold 'g' and one other name, as in '(g c)'")
     return tuple(axes)
 
 
@@ -105,7 +111,7 @@ def solve(pattern: str, shape: tuple[int, ...], *, groups: int = 1, trailing: in
     for axis in axes:
         if axis.inside:
             channels = shape[position]
-            if channels % groups:
+            if groups < 1 or channels % groups:
                 raise ValueError(f"{channels} channels do not divide into {groups} groups")
             sizes: tuple[int, ...] = (groups,) if axis.name == "g" else (channels // groups,)
             position += axis.name != "g"

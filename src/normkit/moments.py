@@ -31,6 +31,8 @@ class Moments:
 
         The pooled axes are gone from ``mean`` and ``m2``. With no value left, the mean and ``m2`` are 0.
         """
+        if not axes:  # torch would take it for all axes
+            raise ValueError("Moments.measure: no axis to pool over; name at least one")
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         if mask is None:
             count = torch.tensor(float(_pooled(x, axes)), dtype=torch.float64, device=x.device)

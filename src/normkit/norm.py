@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.parameter import is_lazy
 
 from normkit import dispatch, epilogue
@@ -32,6 +33,14 @@ class Norm(nn.Module):
         if spec is not None:
             cls.spec = spec
             register(cls, spec, dim=dim, lazy=lazy)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if args and not kwargs and not isinstance(args[0], Proxy):  # the common case: small tensors feel every line
+            return super().__call__(*args)
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Proxy):
+                return traced_as_leaf(self, value.tracer, args, kwargs)
+        return super().__call__(*args, **kwargs)
 
     def _set_options(self, activation: epilogue.Activation | type[nn.Module], backend: str | None) -> None:
         """The keyword-only options that every layer has."""
@@ -61,6 +70,8 @@ class Norm(nn.Module):
         try:
             super()._check_input_dim(input)  # type: ignore[misc]
         except ValueError as error:
+            if isinstance(input, Proxy):
+                raise  # a layer traced by itself: fx cannot follow the check
             raise ValueError(
                 f"{type(self).__name__}: {error}\n  input {tuple(input.shape)}; choose the class by the number of "
                 "spatial axes: 1d for (n, c) and (n, c, l), 2d for (n, c, h, w), 3d for (n, c, d, h, w)"
@@ -82,20 +93,28 @@ class Norm(nn.Module):
         )
 
 
-def traced_as_leaf(norm: Norm, input: Tensor | fx.Proxy, residual: Tensor | fx.Proxy | None) -> Any:
-    """Under ``torch.fx.symbolic_trace``, the node that calls ``norm`` as a whole; otherwise ``None``.
+def traced_as_leaf(norm: Norm, tracer: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Under ``torch.fx.symbolic_trace``, the node that calls ``norm`` as a whole.
 
-    fx takes modules outside torch.nn apart, which would bake the training mode in. A layer recorded as one call is
-    right in training and in evaluation, and whoever reads the graph finds the layer in it.
+    fx takes modules outside torch.nn apart, which would bake the training mode in and record what hooks do beside the
+    hooks. A layer recorded as one call is right in training and in evaluation, and readers of the graph find it there.
     """
-    if not isinstance(input, fx.Proxy) and not isinstance(residual, fx.Proxy):
-        return None
-    tracer: Any = (input if isinstance(input, fx.Proxy) else residual).tracer  # type: ignore[union-attr]
-    try:
-        name = tracer.path_of_module(norm)
-    except NameError:  # the layer itself is the root of the trace
-        return None
-    return tracer.create_proxy("call_module", name, (input,), {} if residual is None else {"residual": residual})
+
+    def leaf(*args: Any, **kwargs: Any) -> Any:
+        return tracer.create_proxy("call_module", tracer.path_of_module(norm), args, kwargs)
+
+    return tracer.call_module(norm, leaf, args, kwargs)  # so that tracers which keep track of modules see this one
+
+
+def traced_as_call(function: Callable[..., Tensor], arguments: dict[str, Any]) -> Any:
+    """Under ``torch.fx.symbolic_trace``, the node that calls a functional form, as fx records those of torch.
+
+    An activation that is no name becomes a node of its own.
+    """
+    x, activation = arguments.pop("x"), arguments.pop("activation")
+    name = activation if isinstance(activation, str) else None
+    node = x.tracer.create_proxy("call_function", function, (x,), {**arguments, "activation": name})
+    return node if activation is None or name is not None else activation(node)
 
 
 _EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64)}

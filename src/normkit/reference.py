@@ -47,6 +47,8 @@ def _move_running(call: Call, mean: Tensor, var: Tensor, values: int) -> None:
     """running = (1 - momentum) * running + momentum * batch, with the unbiased variance; instances are averaged."""
     if call.running_mean is None or call.running_var is None or not values or not call.x.numel():
         return
+    if values == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {call.x.shape}")
     unbiased = var * (values / (values - 1))
     for running, batch in ((call.running_mean, mean), (call.running_var, unbiased)):
         pooled = batch.reshape(-1, running.numel()).mean(0)

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from normkit.dispatch import normalize
 from normkit.epilogue import Activation
-from normkit.norm import Norm, traced_as_leaf
+from normkit.norm import Norm, traced_as_call
 from normkit.statistics.running import LazyFeatures, RunningStatistics, as_statistics, commit
 from normkit.vocabulary.spec import Spec
 
@@ -77,6 +78,8 @@ def batch_norm(
 
     Source: Ioffe & Szegedy 2015, arXiv:1502.03167.
     """
+    if isinstance(x, Proxy):
+        return traced_as_call(batch_norm, locals())
     details = {"eps": eps, "residual": residual, "activation": activation, "backend": backend}
     if not training or running_mean is None or running_var is None:
         return _call(x, running_mean, running_var, weight, bias, training, momentum, details)
@@ -130,8 +133,6 @@ class _BatchNorm(Norm, RunningStatistics):
 
     def forward(self, input: Tensor, *, residual: Tensor | None = None) -> Tensor:
         """(n, c, s...) -> (n, c, s...); ``residual`` (same shape) is added before the activation."""
-        if (node := traced_as_leaf(self, input, residual)) is not None:
-            return node
         self._check_input_dim(input)
         details = {
             "eps": self.eps,
@@ -157,7 +158,7 @@ class _BatchNorm(Norm, RunningStatistics):
         if self.num_batches_tracked is None:
             return 0.0, None
         # The average over all batches. A tensor: nothing waits for the device, and torch.compile sees one graph.
-        return 1.0, 1.0 / (self.num_batches_tracked + 1.0)
+        return 1.0, 1.0 / (self.num_batches_tracked + 1).to(self.running_var.dtype)  # type: ignore[union-attr]
 
     def _extra_options(self) -> list[str]:
         narrow = ["low_precision_buffers=True"] if self.low_precision_buffers else []

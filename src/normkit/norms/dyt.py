@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from normkit.dispatch import normalize
 from normkit.epilogue import Activation
-from normkit.norm import Norm, single_axis, traced_as_leaf
+from normkit.norm import Norm, single_axis, traced_as_call
 from normkit.vocabulary.spec import Spec
 
 SPEC = Spec(
@@ -62,15 +63,15 @@ def dyt(
 
     Source: Zhu, Chen, He, LeCun & Liu 2025, arXiv:2503.10622.
     """
+    if isinstance(x, Proxy):
+        return traced_as_call(dyt, locals())
 
     def by_torch() -> Tensor:
         return _affine(torch.tanh(alpha * x), weight, bias, channels_first)
 
     def reference() -> Tensor:
-        e = torch.exp(-2.0 * (alpha.double() * x.double()).abs())
-        magnitude = (1.0 - e) / (1.0 + e)
-        y = torch.copysign(magnitude, alpha.double() * x.double())
-        return _affine(y, _double(weight), _double(bias), channels_first).to(x.dtype)
+        e = torch.expm1(-2.0 * (alpha.double() * x.double()).clamp(-20.0, 20.0))  # beyond 20, tanh is 1 in float64
+        return _affine(-e / (e + 2.0), _double(weight), _double(bias), channels_first).to(x.dtype)
 
     return normalize(
         SPEC,
@@ -167,8 +168,6 @@ class DyT(Norm, nn.Module, spec=SPEC):
 
     def forward(self, input: Tensor, *, residual: Tensor | None = None) -> Tensor:
         """(n..., c...) -> the same; ``residual`` (same shape) is added before the activation."""
-        if (node := traced_as_leaf(self, input, residual)) is not None:
-            return node
         return dyt(
             input,
             self.alpha,

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from normkit.dispatch import normalize
 from normkit.epilogue import Activation
-from normkit.norm import Norm, traced_as_leaf
+from normkit.norm import Norm, traced_as_call
 from normkit.vocabulary.spec import Spec
 
 SPEC = Spec(
@@ -67,6 +68,8 @@ def group_norm(
 
     Source: Wu & He 2018, arXiv:1803.08494.
     """
+    if isinstance(x, Proxy):
+        return traced_as_call(group_norm, locals())
     return normalize(
         SPEC,
         x,
@@ -138,8 +141,6 @@ class GroupNorm(Norm, nn.GroupNorm, spec=SPEC):
 
     def forward(self, input: Tensor, *, residual: Tensor | None = None) -> Tensor:
         """(n, c, s...) -> (n, c, s...); ``residual`` (same shape) is added before the activation."""
-        if (node := traced_as_leaf(self, input, residual)) is not None:
-            return node
         if not self._warned and not torch.compiler.is_compiling():
             self._warn_of_single_values(input)
         return group_norm(

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from normkit.dispatch import normalize
 from normkit.epilogue import Activation
-from normkit.norm import Norm, traced_as_leaf
+from normkit.norm import Norm, traced_as_call
 from normkit.vocabulary.spec import Spec
 
 SPEC = Spec(
@@ -16,7 +17,7 @@ SPEC = Spec(
     summary="No norm: the input as it is, with the same options as the norms.",
     over=None,
     center=False,
-    laws=frozenset({"sample", "channel"}),
+    laws=frozenset({"sample", "channel", "restores"}),
     twin="torch.nn.Identity",
     paper="",
     aliases=("none", ""),
@@ -44,6 +45,8 @@ def identity(
     >>> nk.functional.identity(torch.tensor([-1.0, 2.0]), activation="relu").tolist()
     [0.0, 2.0]
     """
+    if isinstance(x, Proxy):
+        return traced_as_call(identity, locals())
     return normalize(
         SPEC,
         x,
@@ -85,6 +88,4 @@ class Identity(Norm, nn.Identity, spec=SPEC):
 
     def forward(self, input: Tensor, *, residual: Tensor | None = None) -> Tensor:
         """Any shape -> the same; ``residual`` (same shape) is added before the activation."""
-        if (node := traced_as_leaf(self, input, residual)) is not None:
-            return node
         return identity(input, activation=self.activation, residual=residual, backend=self.backend)

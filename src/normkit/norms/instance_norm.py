@@ -7,10 +7,11 @@ import warnings
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from normkit.dispatch import normalize
 from normkit.epilogue import Activation
-from normkit.norm import Norm, traced_as_leaf
+from normkit.norm import Norm, traced_as_call
 from normkit.statistics.running import LazyFeatures, RunningStatistics, as_statistics, commit
 from normkit.vocabulary.spec import Spec
 
@@ -76,13 +77,26 @@ def instance_norm(
 
     Source: Ulyanov, Vedaldi & Lempitsky 2016, arXiv:1607.08022.
     """
+    if isinstance(x, Proxy):
+        return traced_as_call(instance_norm, locals())
     details = {"eps": eps, "residual": residual, "activation": activation, "backend": backend}
     if not use_input_stats or running_mean is None or running_var is None:
         return _call(x, running_mean, running_var, weight, bias, use_input_stats, momentum, details)
-    mean, var = running_mean.clone(), running_var.clone()
+    return _train(x, (running_mean, running_var), weight, bias, momentum, details)[0]
+
+
+def _train(
+    x: Tensor,
+    running: tuple[Tensor, Tensor],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float,
+    details: dict,
+) -> tuple[Tensor, Tensor | None]:
+    """Normalise by the input, then let its moments into the running statistics if they are finite."""
+    mean, var = running[0].clone(), running[1].clone()
     y = _call(x, mean, var, weight, bias, True, momentum, details)
-    commit((running_mean, running_var), (mean, var))
-    return y
+    return y, commit(running, (mean, var))
 
 
 def _call(
@@ -98,6 +112,8 @@ def _call(
     weight, bias = as_statistics(running_mean, weight, bias)
 
     def by_torch() -> Tensor:
+        if not x.numel():  # torch's instance norm cannot take an empty batch; batch norm can, and gradients are 0
+            return F.batch_norm(x, None, None, weight, bias, True, 0.0, details["eps"])
         y = F.instance_norm(x, running_mean, running_var, weight, bias, use_input_stats, momentum, details["eps"])
         return _like(y, x)
 
@@ -117,10 +133,9 @@ def _call(
 
 def _like(y: Tensor, x: Tensor) -> Tensor:
     """``y`` in the memory format of ``x``: torch's CPU operator returns channels-first whatever it was given."""
-    for axes, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
-        if x.dim() == axes and x.is_contiguous(memory_format=layout) and not x.is_contiguous():
-            return y.contiguous(memory_format=layout)
-    return y
+    if x.is_contiguous() or not x.movedim(1, -1).is_contiguous():
+        return y
+    return y.movedim(1, -1).contiguous().movedim(-1, 1)  # vmap does not know contiguous(memory_format=...)
 
 
 class _InstanceNorm(Norm, RunningStatistics):
@@ -128,8 +143,6 @@ class _InstanceNorm(Norm, RunningStatistics):
 
     def forward(self, input: Tensor, *, residual: Tensor | None = None) -> Tensor:
         """(n, c, s...) or (c, s...) -> the same; ``residual`` (same shape) is added before the activation."""
-        if (node := traced_as_leaf(self, input, residual)) is not None:
-            return node
         self._check_input_dim(input)
         single = input.dim() == self._get_no_batch_dim()  # type: ignore[operator]
         channels = input.size(0 if single else 1)
@@ -142,19 +155,20 @@ class _InstanceNorm(Norm, RunningStatistics):
         return self._apply_instance_norm(input, residual)
 
     def _apply_instance_norm(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        return instance_norm(
-            input,
-            self.running_mean,
-            self.running_var,
-            self.weight,
-            self.bias,
-            self.training or not self.track_running_stats,
-            self.momentum if self.momentum is not None else 0.0,
-            self.eps,
-            activation=self.activation,
-            residual=residual,
-            backend=self.backend,
-        )
+        details = {
+            "eps": self.eps,
+            "residual": residual,
+            "activation": self.activation,
+            "backend": self.backend,
+        }
+        mean, var = self.running_mean, self.running_var
+        by_input = self.training or not self.track_running_stats
+        momentum = 0.0 if self.momentum is None else self.momentum
+        if not by_input or mean is None or var is None:
+            return _call(input, mean, var, self.weight, self.bias, by_input, momentum, details)
+        y, moved = _train(input, (mean, var), self.weight, self.bias, momentum, details)
+        self._count(moved, tracked=False)  # torch's instance norm does not count its batches
+        return y
 
     def _complain(self, channels: int, axis: int) -> None:
         sizes = f"input's size at dim={axis}"

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from normkit.dispatch import normalize
 from normkit.epilogue import Activation
-from normkit.norm import Norm, over_channels, single_axis, traced_as_leaf
+from normkit.norm import Norm, over_channels, single_axis, traced_as_call
 from normkit.vocabulary.spec import Spec
 
 SPEC = Spec(
@@ -68,6 +69,8 @@ def layer_norm(
 
     Source: Ba, Kiros & Hinton 2016, arXiv:1607.06450.
     """
+    if isinstance(x, Proxy):
+        return traced_as_call(layer_norm, locals())
     if channels_first:
         single_axis(SPEC, normalized_shape)
         by_torch = lambda: over_channels(x, lambda rows: F.layer_norm(rows, normalized_shape, weight, bias, eps))
@@ -144,8 +147,6 @@ class LayerNorm(Norm, nn.LayerNorm, spec=SPEC):
 
     def forward(self, input: Tensor, *, residual: Tensor | None = None) -> Tensor:
         """(n..., c...) -> the same; ``residual`` (same shape) is added before the activation."""
-        if (node := traced_as_leaf(self, input, residual)) is not None:
-            return node
         return layer_norm(
             input,
             self.normalized_shape,

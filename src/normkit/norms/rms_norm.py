@@ -8,10 +8,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from normkit.dispatch import normalize
 from normkit.epilogue import Activation
-from normkit.norm import Norm, machine_eps, over_channels, single_axis, traced_as_leaf
+from normkit.norm import Norm, machine_eps, over_channels, single_axis, traced_as_call
 from normkit.vocabulary.spec import Spec
 
 SPEC = Spec(
@@ -64,6 +65,8 @@ def rms_norm(
 
     Source: Zhang & Sennrich 2019, arXiv:1910.07467.
     """
+    if isinstance(x, Proxy):
+        return traced_as_call(rms_norm, locals())
     if eps is None:
         eps = machine_eps(x.dtype)
     if channels_first:
@@ -142,8 +145,6 @@ class RMSNorm(Norm, nn.RMSNorm, spec=SPEC):
 
     def forward(self, input: Tensor, *, residual: Tensor | None = None) -> Tensor:
         """(n..., c...) -> the same; ``residual`` (same shape) is added before the activation."""
-        if (node := traced_as_leaf(self, input, residual)) is not None:
-            return node
         return rms_norm(
             input,
             self.normalized_shape,

@@ -8,15 +8,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, is_lazy
 
+from normkit import dispatch
+
 NAMES = ("running_mean", "running_var")
 
 
 def commit(
     running: tuple[Tensor, Tensor], proposed: tuple[Tensor, Tensor], *, weight: Tensor | None = None
-) -> Tensor | None:
+) -> Tensor | bool | None:
     """Move the running mean and variance to the proposed ones, unless a NaN or an infinity is among them.
 
-    O(channels), and nothing waits for the device. Where a batch holds a non-finite value its variance is NaN (or
+    O(channels), and nothing waits for the device: a kernel does it where there is one, otherwise torch's operators do,
+    a dozen of them, which small tensors feel. Where a batch holds a non-finite value its variance is NaN (or
     infinite), so the variance alone tells.
 
     Args:
@@ -25,10 +28,13 @@ def commit(
         weight: the share that ``proposed`` has (a cumulative average); ``None``: all of it.
 
     Returns:
-        Whether they moved, as a boolean tensor without axes; ``None`` when there is no channel.
+        Whether they moved: a boolean tensor without axes, or a plain one from a kernel; ``None`` when there is no
+        channel.
     """
     if not running[1].numel():
         return None
+    if weight is None and (settled := dispatch.settle(running, proposed)) is not None:
+        return settled
     largest = proposed[1].max()
     difference = largest - largest  # 0, or NaN where the largest is infinite or NaN
     moved = difference.eq(difference)  # cheaper than isfinite, which is four operators
@@ -45,9 +51,13 @@ def as_statistics(
 
     Autograd returns their gradients in their own dtype.
     """
-    if running_mean is None or weight is None or weight.dtype == running_mean.dtype:
+    if running_mean is None:
         return weight, bias
-    return weight.to(running_mean.dtype), None if bias is None else bias.to(running_mean.dtype)
+    if weight is not None and weight.dtype != running_mean.dtype:
+        weight = weight.to(running_mean.dtype)
+    if bias is not None and bias.dtype != running_mean.dtype:
+        bias = bias.to(running_mean.dtype)
+    return weight, bias
 
 
 class RunningStatistics(nn.Module):
@@ -113,12 +123,18 @@ class RunningStatistics(nn.Module):
             else:
                 setattr(self, name, before.to(device=now.device, dtype=wide))
 
-    def _count(self, moved: Tensor | None) -> None:
+    def _count(self, moved: Tensor | bool | None, *, tracked: bool = True) -> None:
         """Advance ``num_batches_tracked``, or ``num_batches_skipped`` where the batch was left out."""
-        tracked, skipped = self.num_batches_tracked, self.num_batches_skipped
-        if tracked is None or moved is None:
+        counter, skipped = self.num_batches_tracked, self.num_batches_skipped
+        if moved is None:
             return
-        tracked.add_(moved)
+        if isinstance(moved, bool):
+            counter = skipped if not moved else counter if tracked else None
+            if counter is not None:
+                dispatch.count(counter)
+            return
+        if tracked and counter is not None:
+            counter.add_(moved)
         if skipped is not None:
             skipped.add_(moved.logical_not())
 
@@ -126,13 +142,20 @@ class RunningStatistics(nn.Module):
 class LazyFeatures(nn.Module):
     """Mixin of the lazy layers: parameters and buffers get their size from the first input."""
 
-    def initialize_parameters(self, input: Tensor) -> None:
-        """Called by torch before the first forward; ``input`` is (n, c, s...)."""
+    def reset_parameters(self) -> None:
+        """Nothing, as long as there are no parameters."""
         if not self.has_uninitialized_params():  # type: ignore[operator]
+            super().reset_parameters()  # type: ignore[misc]
+
+    def initialize_parameters(self, input: Tensor, **_: Any) -> None:
+        """Called by torch before the first forward, with its arguments; ``input`` is (n, c, s...)."""
+        if not self.has_uninitialized_params():  # type: ignore[operator]
+            loaded: Any = self.weight if self.weight is not None else self.running_mean
+            self.num_features = input.shape[1] if loaded is None else loaded.numel()  # torch leaves 0
             return
         self.num_features = input.shape[1]
         for name in ("weight", "bias", *NAMES):
             tensor = getattr(self, name)
             if tensor is not None and is_lazy(tensor):
                 tensor.materialize((self.num_features,))
-        self.reset_parameters()  # type: ignore[operator]
+        self.reset_parameters()

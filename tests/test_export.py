@@ -1,0 +1,120 @@
+"""An exported program is torch's operators and nothing else: it runs where normkit is not installed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import normkit as nk
+from cases import CASES, FORMS, Form
+from twins import assert_same, off_scale
+
+ORDINARY = CASES[0]
+PLANAR = [form for form in FORMS if form.dim == 2]
+MAIN = [form for form in PLANAR if form.label in ("", "-channels_first")]
+SAMPLES = (ORDINARY.samples, ORDINARY.samples + 3)
+
+
+class Block(nn.Module):
+    """A product, then the norm with every option that it has."""
+
+    def __init__(self, form: Form) -> None:
+        super().__init__()
+        x = ORDINARY.input(form, torch.float32)
+        self.product = nn.Linear(x.shape[-1], x.shape[-1])
+        self.norm = form.layer(ORDINARY, activation="gelu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.product(x), residual=x)
+
+
+def exported(form: Form, training: bool, **options: object) -> tuple[Block, torch.export.ExportedProgram]:
+    block = Block(form).train(training)
+    dynamic = ({0: torch.export.Dim("n", min=2, max=64)},)
+    return block, torch.export.export(block, (ORDINARY.input(form, torch.float32),), dynamic_shapes=dynamic, **options)
+
+
+def operators(program: torch.export.ExportedProgram) -> set[str]:
+    return {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("form", PLANAR, ids=str)
+def test_a_program_is_made_of_torchs_operators(form, training):
+    """Whatever backend eager calls would take."""
+    block, program = exported(form, training)
+    assert "aten.linear.default" in operators(program)
+    assert all(name.startswith("aten.") for name in operators(program))
+    assert {*program.state_dict} == {*block.state_dict()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", PLANAR, ids=str)
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch's own
+def test_strict_export_and_decompositions_agree(form):
+    for training in (True, False):
+        _, program = exported(form, training)
+        assert operators(exported(form, training, strict=True)[1]) == operators(program)
+        assert all(name.startswith("aten.") for name in operators(program.run_decompositions()))
+
+
+STRANGER = """
+import sys, torch
+sys.modules["normkit"] = None
+try:
+    import normkit
+except ImportError:
+    pass
+else:
+    raise AssertionError("normkit can be imported")
+torch.set_num_threads(1)
+folder, names = sys.argv[1], sys.argv[2:]
+for name in names:
+    module = torch.export.load(f"{folder}/{name}.pt2").module()
+    inputs = torch.load(f"{folder}/{name}.inputs", weights_only=True)
+    outputs = [module(x).detach() for x in inputs]
+    torch.save({"outputs": outputs, "state": dict(module.named_buffers())}, f"{folder}/{name}.outputs")
+assert not any(name.startswith("normkit.") for name in sys.modules)
+"""
+
+
+def test_saved_programs_run_where_normkit_is_not_installed(tmp_path):
+    blocks = {}
+    for form in MAIN:
+        for training in (True, False):
+            name = f"{form}-{training}"
+            blocks[name], program = exported(form, training)
+            torch.export.save(program, tmp_path / f"{name}.pt2")
+            inputs = [torch.cat([ORDINARY.input(form, torch.float32)] * 2)[:n] for n in SAMPLES]
+            torch.save(inputs, tmp_path / f"{name}.inputs")
+    assert len(blocks) >= 2 * 7
+    subprocess.run([sys.executable, "-c", STRANGER, str(tmp_path), *blocks], check=True)
+    for name, block in blocks.items():
+        inputs = torch.load(tmp_path / f"{name}.inputs", weights_only=True)
+        seen = torch.load(tmp_path / f"{name}.outputs", weights_only=True)
+        for x, got in zip(inputs, seen["outputs"], strict=True):
+            with nk.backend("torch"):
+                assert_same({name: got}, {name: block(x).detach()})
+        if block.training and getattr(block.norm, "track_running_stats", False):
+            assert not block.norm.running_mean.equal(torch.zeros_like(block.norm.running_mean))
+        wanted = {key: value for key, value in block.state_dict().items() if key in seen["state"]}
+        assert_same({key: seen["state"][key] for key in wanted}, wanted)
+        assert len(wanted) == sum(key not in dict(block.named_parameters()) for key in block.state_dict())
+
+
+def test_functional_forms_export_too():
+    class Functional(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            x = nk.functional.group_norm(x, 3, activation="relu")
+            x = nk.functional.layer_norm(x, (6,), channels_first=True, residual=x)
+            return nk.functional.batch_norm(x, None, None, training=True)
+
+    x = off_scale((5, 6, 4), 1)
+    program = torch.export.export(Functional(), (x,))
+    assert all(name.startswith("aten.") for name in operators(program))
+    with nk.backend("torch"):
+        assert program.module()(x).equal(Functional()(x))
