@@ -8,17 +8,16 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import tyro
-from rich.table import Table
 
 from normkit.cli import arguments
 from normkit.cli.errors import UserError
-from normkit.cli.output import show, show_json
+from normkit.cli.output import show_json
 from normkit.cli.progress import watching
-from normkit.lab.compare import Result, compare
+from normkit.cli.report import show_result
+from normkit.lab.comparison import Result, compare
 from normkit.lab.errors import LabError
 from normkit.lab.knob import parse_value
 from normkit.lab.worker import SETTLED
-from normkit.report.table import rows
 from normkit.vocabulary.record import encode
 
 
@@ -103,7 +102,7 @@ def main(argv: list[str]) -> int:
             encode({"answer": result.answer, "directory": result.directory, "page": result.page} | result.summary)
         )
     else:
-        show(result.answer, _table(result.summary), f"page: {result.page}", then=_next(asked, argv, result))
+        show_result(result.summary, result.page)
     return 0
 
 
@@ -147,29 +146,3 @@ def _all_failed(result: Result) -> str:
         f"all {len(runs)} runs failed, the first with: {reason}\n  each traceback is in {result.page} and in the run's "
         "status.json; correct the model or the data and type the same command again"
     )
-
-
-def _table(summary: dict[str, Any]) -> Table:
-    header, *body = rows(summary)
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for index, name in enumerate(header):
-        table.add_column(name, justify="left" if index == 0 else "right")
-    for row in body:
-        table.add_row(*row)
-    return table
-
-
-def _without_place(argv: list[str]) -> list[str]:
-    """The command without its budget and its directory: another budget is another experiment, in another place."""
-    kept = [word for word in argv if word not in ("--quick", "--thorough") and not word.startswith("--out=")]
-    return [word for before, word in zip(["", *kept], kept, strict=False) if "--out" not in (before, word)]
-
-
-def _next(asked: Compare, argv: list[str], result: Result) -> str:
-    """After a quick look the default budget, after that the thorough one, and then the page."""
-    words = _without_place(argv)
-    if asked.quick:
-        return shlex.join(["normkit", "compare", *words])
-    if asked.thorough:
-        return shlex.join(["normkit", "report", str(result.directory)])
-    return shlex.join(["normkit", "compare", *words, "--thorough"])

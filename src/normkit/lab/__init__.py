@@ -5,7 +5,7 @@ print(result.answer, result.page)
 """
 
 from normkit.lab.arm import Arm
-from normkit.lab.compare import Result, compare
+from normkit.lab.comparison import Result, compare
 from normkit.lab.data import Data
 from normkit.lab.errors import LabError
 from normkit.lab.experiment import ACCURACY, ADAM_RATES, SGD_RATES, Experiment, Metric

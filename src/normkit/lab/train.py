@@ -69,13 +69,13 @@ class Run:
 
     def go(self) -> dict[str, Any]:
         """Trains from the checkpoint, or from the beginning, to the end; returns what status.json says about it."""
-        self._resume()
-        self._warm_up()
-        reason = self._loop()
-        measured = self._close(reason)
-        for journal in (self.metrics, self.inside):
-            journal.close()
-        return measured
+        try:
+            self._resume()
+            self._warm_up()
+            return self._measure(self._loop())
+        finally:
+            self.metrics.close()
+            self.inside.close()
 
     def _loop(self) -> str | None:
         """Takes steps until the run is over; returns why it diverged, or None."""
@@ -207,7 +207,7 @@ class Run:
         self.optimizer.load_state_dict(saved["optimizer"])
         checkpoint.restore_random(saved["random"])
 
-    def _close(self, reason: str | None) -> dict[str, Any]:
+    def _measure(self, reason: str | None) -> dict[str, Any]:
         """What status.json says about the run; test data are seen by final runs only, and only here."""
         state = self.state
         measured: dict[str, Any] = {

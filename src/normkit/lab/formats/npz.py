@@ -53,7 +53,7 @@ def _load(path: Path) -> dict[str, Any]:
     except ImportError:
         raise missing_extra("numpy", "lab", "reading an .npz file") from None
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files if name in ("x", "y", "x_test", "y_test")}
             found = file.files
     except (zipfile.BadZipFile, OSError, EOFError, ValueError) as error:

@@ -1,0 +1,129 @@
+"""The grammar of arms and of sweeps: what can be written, and what is said about what cannot."""
+
+from __future__ import annotations
+
+import pytest
+
+from normkit.lab import LabError
+from normkit.lab.arm import Arm, parse_arm, parse_arms
+from normkit.lab.knob import make_sweep, parse_sweep, parse_value
+from normkit.lab.parallel import Parallel, cores, parse_parallel
+
+
+@pytest.mark.parametrize(
+    ("text", "arm"),
+    [
+        ("none", Arm("none")),
+        ("batch", Arm("batch")),
+        ("group:8", Arm("group:8")),
+        ("none+adamw", Arm("none", optimizer="adamw")),
+        ("batch+momentum", Arm("batch", optimizer="momentum")),
+        ("batch+sgd+momentum", Arm("batch", optimizer="momentum")),
+        ("batch + dropout:0.2", Arm("batch", dropout=0.2)),
+        ("batch+placement:after", Arm("batch", placement="after")),
+        ("none+init:0.1", Arm("none", init=0.1)),
+        ("adamw+layer+init:2+dropout:.5", Arm("layer", optimizer="adamw", init=2.0, dropout=0.5)),
+    ],
+)
+def test_an_arm_reads_as_it_is_written(text, arm):
+    assert parse_arm(text) == arm
+    assert parse_arm(arm.name) == arm  # the name is the arm in its own grammar
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("bach", "did you mean.*batch"),
+        ("batch+adamm", "unknown.*'adamm'.*did you mean 'adamw'"),
+        ("batch+droput:0.2", "unknown.*did you mean 'dropout'"),
+        ("batch+dropout:1", "dropout:1 is no probability"),
+        ("batch+dropout:a", "dropout:a is no number"),
+        ("batch+dropout", "dropout needs a value, e.g. dropout:0.2"),
+        ("batch+dropout:.1+dropout:.2", "gives dropout twice"),
+        ("batch+placement:behind", "neither placement:before nor placement:after"),
+        ("none+init:0", "init:0 is no gain"),
+        ("none+init:nan", "init:nan is no gain"),
+        ("batch+sgd+adamw", "names 2 optimizers"),
+        ("adamw", "names no norm; write none\\+adamw"),
+        ("batch+", "empty part"),
+        ("group:0", "group:0"),
+    ],
+)
+def test_a_wrong_arm_gets_one_sentence_that_says_what_to_write(text, words):
+    with pytest.raises(LabError, match=words):
+        parse_arm(text)
+
+
+def test_arms_come_from_a_line_or_a_list_and_each_once():
+    assert [arm.name for arm in parse_arms("none, batch,none+adamw")] == ["none", "batch", "none+adamw"]
+    assert parse_arms(["none", Arm("batch")]) == (Arm("none"), Arm("batch"))
+    for wrong, words in ((" , batch", "empty place"), ("none,none", "given 2 times"), ([], "no arms")):
+        with pytest.raises(LabError, match=words):
+            parse_arms(wrong)
+
+
+def test_an_arm_is_recorded_with_the_optimizer_it_really_has():
+    assert parse_arm("batch").record("sgd")["optimizer"] == "sgd"
+    assert parse_arm("batch+adamw").record("sgd") == {
+        "name": "batch+adamw",
+        "norm": "batch",
+        "optimizer": "adamw",
+        "placement": "before",
+        "dropout": 0.0,
+        "init": 1.0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("batch-size=2..256", (2, 4, 8, 16, 32, 64, 128, 256)),
+        ("batch_size=2,8,32", (2, 8, 32)),
+        ("init=0.01..10", (0.01, 0.032, 0.1, 0.32, 1.0, 3.2, 10.0)),
+        ("dropout=0,.1,.2,.5", (0, 0.1, 0.2, 0.5)),
+        ("depth=10..200", (10, 21, 45, 95, 200)),
+        ("skip=true,false", (True, False)),
+    ],
+)
+def test_a_sweep_is_a_list_or_a_log_spaced_range(text, values):
+    sweep = parse_sweep(text)
+    assert sweep.values == values
+    assert sweep.knob == text.split("=")[0].replace("_", "-")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("depth", "write knob=values"),
+        ("depth=", "write knob=values"),
+        ("depth=5..2", "0 < low < high"),
+        ("init=0..1", "0 < low < high"),
+        ("dropout=0,1", "lies in 0 <= dropout < 1"),
+        ("init=0,1", "positive factor"),
+        ("batch-size=2.5,4", "whole numbers"),
+        ("depth=1,,2", "empty value"),
+        ("depth=" + ",".join(map(str, range(1, 20))), "at most 12"),
+    ],
+)
+def test_a_wrong_sweep_says_what_to_write(text, words):
+    with pytest.raises(LabError, match=words):
+        parse_sweep(text)
+
+
+def test_a_sweep_knows_whose_knob_it_turns():
+    assert make_sweep("depth", [4, 8]).option == "depth"
+    assert make_sweep("init", [1, 2]).option is None
+    assert make_sweep("batch-size", [4, 8, 4]).values == (4, 8)
+    assert [parse_value(word) for word in ("3", "0.5", "true", "rows")] == [3, 0.5, True, "rows"]
+
+
+def test_parallel_names_a_backend_and_a_number_of_workers():
+    assert parse_parallel("loky") == Parallel("loky" if cores() > 1 else "sequential", cores())
+    assert parse_parallel("1") == Parallel("sequential", 1)
+    assert parse_parallel("3") == parse_parallel("loky:3") == Parallel("loky", 3)
+    assert parse_parallel("dask:4") == Parallel("dask", 4)
+    assert Parallel("loky", 2 * cores()).threads == 1
+    assert Parallel("sequential", 1).threads == cores()
+    for wrong in ("lokky", "0", "loky:0", "loky:x", "mpi"):
+        with pytest.raises(LabError, match="--parallel"):
+            parse_parallel(wrong)
