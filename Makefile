@@ -4,7 +4,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup compare test test-all check format bench
+.PHONY: help setup compare test test-all check format bench sanitize
 
 # The first of these that is Python 3.11 or newer.
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
@@ -42,6 +42,9 @@ check: $(INSTALLED)  ## format, lint, types, generated documentation
 format: $(INSTALLED)  ## rewrite the code the way `make check` wants it
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+sanitize:  ## run the compiled kernels on random cases under the address and undefined-behaviour sanitizers
+	@tests/sanitize/build.sh $(ARGS)
 
 bench: $(INSTALLED)  ## time the layers against torch's own
 	@$(BIN)/normkit bench $(ARGS)

@@ -5,11 +5,13 @@
 >>> y = bn(torch.randn(8, 64, 14, 14), residual=torch.randn(8, 64, 14, 14))
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
 
 import torch as _torch  # first: the compiled kernels share its OpenMP pool
 
 from normkit import functional, laws
+from normkit.allocator import tune_allocator
 from normkit.create import create, factory, list_norms
 from normkit.dispatch import Explanation, backend, explain
 from normkit.moments import Moments
@@ -34,9 +36,11 @@ from normkit.norms.instance_norm import (
 )
 from normkit.norms.layer_norm import LayerNorm
 from normkit.norms.rms_norm import RMSNorm
+from normkit.surgery import accelerate_
+from normkit.vocabulary.certificate import Certificate
 from normkit.vocabulary.spec import Spec
 
-if TYPE_CHECKING:
+if _TYPE_CHECKING:
     from normkit import lab
 
 __version__ = "0.1.0.dev0"
@@ -45,6 +49,7 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "Certificate",
     "DyT",
     "Explanation",
     "GroupNorm",
@@ -63,6 +68,7 @@ __all__ = [
     "RMSNorm",
     "Spec",
     "__version__",
+    "accelerate_",
     "backend",
     "create",
     "explain",
@@ -71,12 +77,13 @@ __all__ = [
     "lab",
     "laws",
     "list_norms",
+    "tune_allocator",
 ]
 
 del _torch
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> _Any:
     if name == "lab":  # experiments need the extra packages of normkit[lab]; nobody else pays for them
         import importlib
 

@@ -1,8 +1,8 @@
 """Picks a backend for one application of a norm, and explains the choice.
 
-``torch`` runs torch's operators under torch's autograd: the fall-back, and what exported programs consist of.
-``reference`` is the oracle and runs only when it is asked for. Kernels are further entries of ``BACKENDS``, asked in
-order; no norm names one.
+``native`` runs the compiled CPU kernels. ``torch`` runs torch's operators under torch's autograd: the fall-back, and
+what exported programs consist of. ``reference`` is the oracle and runs only when it is asked for. The entries of
+``BACKENDS`` are asked in order; no norm names one.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from normkit import epilogue, reference
+from normkit.kernels import loading, native
 from normkit.layout import solve
 from normkit.vocabulary.problem import Problem
 from normkit.vocabulary.spec import Spec
@@ -45,6 +46,8 @@ class Call:
     momentum: float = 0.0
     reference: Callable[[], Tensor] | None = None
     """The exact arithmetic of a norm that pools nothing; ``None``: the pattern says it."""
+    plan: Any = None
+    """What a kernel that has no reason against the call has looked up for it."""
 
     def __post_init__(self) -> None:
         if self.over is None:
@@ -80,8 +83,10 @@ class Backend:
 
     name: str
     reasons_against: Callable[[Call], list[str]]
-    """Why it cannot, or will not unasked, run this call; empty: it can."""
+    """Why it cannot run this call; empty: it can."""
     run: Callable[[Call], Tensor]
+    reluctance: Callable[[Call], list[str]] = lambda call: []
+    """Why it will not run this call unless asked for by name; empty: it will."""
 
 
 def _run_torch(call: Call) -> Tensor:
@@ -91,7 +96,9 @@ def _run_torch(call: Call) -> Tensor:
 TORCH = Backend("torch", lambda call: [], _run_torch)
 REFERENCE = Backend("reference", lambda call: ["it is the oracle and runs only when asked for by name"], reference.run)
 
-BACKENDS: dict[str, Backend] = {"torch": TORCH, "reference": REFERENCE}
+NATIVE = Backend("native", native.reasons_against, native.run, native.reluctance)
+
+BACKENDS: dict[str, Backend] = {"native": NATIVE, "torch": TORCH, "reference": REFERENCE}
 """In the order in which they are asked; ``auto`` takes the first that has no reason against."""
 
 _active = "auto"
@@ -112,11 +119,12 @@ def normalize(
 ) -> Tensor:
     """Carry out one norm on the backend that the caller, the surrounding ``nk.backend`` or the order chooses."""
     name = backend or _active
-    direct = _recording is None and (name == "torch" or (name == "auto" and _torch_is_first()))
+    small = residual is None and activation is None and _is_small(spec, details.get("over"), x)
+    direct = name == "torch" or (name == "auto" and (small or _torch_is_alone()))
     if residual is not None and residual.shape != x.shape:
         raise ValueError(_misfit(spec, x, residual))
     try:
-        if direct:  # no other backend has a say: skip the bookkeeping, which small tensors would feel
+        if direct and _recording is None:  # nobody else has a say: skip the bookkeeping, which small tensors would feel
             return epilogue.apply(by_torch(), residual, activation)
         call = Call(spec, x, weight, bias, by_torch, residual=residual, activation=activation, **details)
         if _recording is not None:
@@ -129,18 +137,37 @@ def normalize(
         raise type(error)(_in_context(error, Call(spec, x, weight, bias, by_torch, **details))) from error
 
 
-def _torch_is_first() -> bool:
-    return next(iter(BACKENDS.values())) is TORCH
+def settle(running: tuple[Tensor, Tensor], proposed: tuple[Tensor, Tensor]) -> bool | None:
+    """Move running statistics if all that is proposed is finite, by a kernel; ``None``: there is none for these."""
+    return None if loading.module is None or torch.compiler.is_compiling() else native.settle(running, proposed)
+
+
+def count(counter: Tensor) -> None:
+    """Add one to a counter on the CPU: a torch operator takes as long as the rest of a small forward pass."""
+    native.count(counter)
+
+
+def _torch_is_alone() -> bool:
+    """No kernel has a say: none is there, or a compiler is looking and wants torch's operators."""
+    if torch.compiler.is_compiling():
+        return True
+    first = next(iter(BACKENDS.values()))
+    return first is TORCH or (loading.module is None and first is NATIVE and len(BACKENDS) == 3)
+
+
+def _is_small(spec: Spec, over: str | None, x: Tensor) -> bool:
+    """The kernels' own rule, asked before a call is even put together."""
+    return next(iter(BACKENDS)) == "native" and native.is_too_small(over or spec.over, spec.center, x.numel())
 
 
 def _choose(call: Call, name: str) -> Backend:
     if name != "auto":
         chosen = BACKENDS[known(name)]
         if chosen is not REFERENCE and (against := chosen.reasons_against(call)):
-            raise RuntimeError(_refusal(call, chosen, against))
+            raise _Refused(_refusal(call, chosen, against))
         return chosen
     for backend in BACKENDS.values():
-        if not backend.reasons_against(call):
+        if not backend.reasons_against(call) and not backend.reluctance(call):
             return backend
     raise AssertionError("the torch backend takes every call")
 
@@ -156,7 +183,7 @@ def known(name: str) -> str:
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Run every norm inside the ``with`` on one backend: ``auto``, ``torch`` or ``reference``.
+    """Run every norm inside the ``with`` on one backend: ``auto``, ``native``, ``torch`` or ``reference``.
 
     A backend that cannot run an input raises with its reasons; nothing falls through in silence. A layer's own
     ``backend=`` goes before this one. The setting is one per process, not per thread.
@@ -203,7 +230,7 @@ def explain(norm: nn.Module, x: Tensor, *, residual: Tensor | None = None) -> Ex
 
     >>> import torch, normkit as nk
     >>> print(nk.explain(nk.GroupNorm(32, 64), torch.randn(8, 64, 56, 56)))  # doctest: +ELLIPSIS
-    group_norm: the torch backend runs.
+    group_norm: the ... backend runs.
     ...
 
     Raises:
@@ -213,7 +240,9 @@ def explain(norm: nn.Module, x: Tensor, *, residual: Tensor | None = None) -> Ex
     name = getattr(norm, "backend", None) or _active
     chosen = _choose(call, name)
     reasons = {
-        other.name: other.reasons_against(call) or [_not_taken(name, chosen)]
+        other.name: other.reasons_against(call)
+        or (other.reluctance(call) if name == "auto" else [])
+        or [_not_taken(name, chosen)]
         for other in BACKENDS.values()
         if other is not chosen
     }
@@ -226,6 +255,10 @@ def _not_taken(asked: str, chosen: Backend) -> str:
 
 class _Recorded(Exception):
     """Ends a layer's forward where a backend would start."""
+
+
+class _Refused(RuntimeError):
+    """A backend that was asked for by name has reasons against the call; its message needs no further context."""
 
 
 def _record(norm: nn.Module, x: Tensor, residual: Tensor | None) -> Call:

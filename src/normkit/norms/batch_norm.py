@@ -94,7 +94,7 @@ def _train(
     momentum: float,
     share: Tensor | None,
     details: dict[str, Any],
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | bool | None]:
     """Normalise by the batch, then let its moments into the running statistics if they are finite."""
     mean, var = running[0].clone(), running[1].clone()
     y = _call(x, mean, var, weight, bias, True, momentum, details)

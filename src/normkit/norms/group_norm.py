@@ -141,9 +141,7 @@ class GroupNorm(Norm, nn.GroupNorm, spec=SPEC):
 
     def forward(self, input: Tensor, *, residual: Tensor | None = None) -> Tensor:
         """(n, c, s...) -> (n, c, s...); ``residual`` (same shape) is added before the activation."""
-        if not self._warned and not torch.compiler.is_compiling():
-            self._warn_of_single_values(input)
-        return group_norm(
+        y = group_norm(
             input,
             self.num_groups,
             self.weight,
@@ -153,6 +151,9 @@ class GroupNorm(Norm, nn.GroupNorm, spec=SPEC):
             residual=residual,
             backend=self.backend,
         )
+        if not self._warned and not torch.compiler.is_compiling():
+            self._warn_of_single_values(input)
+        return y
 
     def _warn_of_single_values(self, input: Tensor) -> None:
         if self.num_groups < self.num_channels or input.dim() < 2 or input.shape[2:].numel() != 1:

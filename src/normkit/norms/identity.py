@@ -71,6 +71,8 @@ class Identity(Norm, nn.Identity, spec=SPEC):
 
     Shapes: input, ``residual`` and output are the same. ``forward(input, *, residual=None)``.
 
+    When not to use it: as the baseline for what a weight and a bias alone can do. It has neither.
+
     >>> import torch, normkit as nk
     >>> nk.Identity(64, activation="relu")(torch.tensor([-1.0, 2.0])).tolist()
     [0.0, 2.0]

@@ -92,7 +92,7 @@ def _train(
     bias: Tensor | None,
     momentum: float,
     details: dict,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | bool | None]:
     """Normalise by the input, then let its moments into the running statistics if they are finite."""
     mean, var = running[0].clone(), running[1].clone()
     y = _call(x, mean, var, weight, bias, True, momentum, details)

@@ -1,0 +1,94 @@
+// What follows the affine step: an activation, and what it does to the gradient.
+#pragma once
+
+#include <initializer_list>
+#include <type_traits>
+#include <utility>
+
+#include "lanes.h"
+
+namespace normkit::NORMKIT_ISA {
+
+// e^x to about one unit in the last place: 2^k e^r with |r| <= log(2) / 2, and a Taylor polynomial for e^r.
+INLINE Floats exp(Floats x) {
+    const Floats low = all(-87.0f), high = all(88.0f);
+    x = x < low ? low : x;
+    x = x > high ? high : x;
+    const float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which then stands in the low bits
+    const Floats rounded = x * 1.44269504f + kRound;
+    const Floats k = rounded - kRound;
+    const Floats r = (x - k * 0.693359375f) + k * 2.12194440e-4f;
+    Floats e = all(1.0f / 5040);
+    e = e * r + 1.0f / 720;
+    e = e * r + 1.0f / 120;
+    e = e * r + 1.0f / 24;
+    e = e * r + 1.0f / 6;
+    e = e * r + 0.5f;
+    e = e * r + 1.0f;
+    e = e * r + 1.0f;
+    const Ints exponent = ((Ints)rounded - 0x4b400000 + 127) << 23;
+    return e * (Floats)exponent;
+}
+INLINE Doubles exp(Doubles x) {
+    for (int i = 0; i < kDoubles; ++i) x[i] = std::exp(x[i]);
+    return x;
+}
+
+// erfc by the rational Chebyshev fit of Numerical Recipes (erfcc): relative error below 1.2e-7 everywhere.
+INLINE Floats erfc(Floats x) {
+    const Floats a = x < 0.0f ? -x : x;
+    const Floats t = 1.0f / (1.0f + 0.5f * a);
+    Floats p = all(0.17087277f);
+    for (float c : {-0.82215223f, 1.48851587f, -1.13520398f, 0.27886807f, -0.18628806f, 0.09678418f, 0.37409196f,
+                    1.00002368f, -1.26551223f})
+        p = p * t + c;
+    const Floats tail = t * exp(p - a * a);
+    return x < 0.0f ? 2.0f - tail : tail;
+}
+INLINE Doubles erfc(Doubles x) {
+    for (int i = 0; i < kDoubles; ++i) x[i] = std::erfc(x[i]);
+    return x;
+}
+
+template <class V> INLINE V sigmoid(V x) { return 1 / (1 + exp(-x)); }
+
+template <class V> using Lane = std::decay_t<decltype(std::declval<V>()[0])>;
+
+// NaN survives every one of these, as in torch.
+template <class V> INLINE V activated(V z, Activation kind, V slope) {
+    using N = Lane<V>;
+    constexpr N half = N(0.5), root = N(0.70710678118654752440), cube = N(0.044715), steep = N(1.5957691216057308);
+    switch (kind) {
+        case Activation::none: return z;
+        case Activation::relu: return z < 0 ? V{} : z;
+        case Activation::leaky_relu: return z > 0 ? z : z * slope;
+        case Activation::silu: return z * sigmoid(z);
+        case Activation::gelu: return z * half * erfc(z * -root);
+        case Activation::gelu_tanh: return z * sigmoid((z + z * z * z * cube) * steep);
+    }
+    return z;
+}
+
+template <class V> INLINE V derivative(V z, Activation kind, V slope) {
+    using N = Lane<V>;
+    constexpr N half = N(0.5), root = N(0.70710678118654752440), peak = N(0.39894228040143267794);
+    constexpr N cube = N(0.044715), steep = N(1.5957691216057308);
+    const V one = V{} + 1;
+    switch (kind) {
+        case Activation::none: return one;
+        case Activation::relu: return z > 0 ? one : V{};
+        case Activation::leaky_relu: return z > 0 ? one : slope;
+        case Activation::silu: {
+            const V s = sigmoid(z);
+            return s * (z * (1 - s) + 1);
+        }
+        case Activation::gelu: return erfc(z * -root) * half + z * exp(z * z * -half) * peak;
+        case Activation::gelu_tanh: {
+            const V s = sigmoid((z + z * z * z * cube) * steep);
+            return s + z * s * (1 - s) * (z * z * (3 * cube) + 1) * steep;
+        }
+    }
+    return one;
+}
+
+}  // namespace normkit::NORMKIT_ISA

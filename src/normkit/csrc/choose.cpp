@@ -1,0 +1,98 @@
+// Which instruction set, and which family of kernels.
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include "work.h"
+
+namespace normkit {
+
+namespace baseline { extern const Kernels table; }
+#if defined(NORMKIT_X86)
+namespace avx2 { extern const Kernels table; }
+namespace avx512 { extern const Kernels table; }
+namespace avx512_bf16 { extern const Kernels table; }
+#endif
+
+namespace {
+
+// NORMKIT_ISA names one to use instead of the best; tests run the others this way.
+const Kernels& choose() {
+    const char* asked = std::getenv("NORMKIT_ISA");
+    const auto wanted = [asked](const Kernels& k) { return !asked || !*asked || !std::strcmp(asked, k.name); };
+#if defined(NORMKIT_X86)
+    __builtin_cpu_init();
+    const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
+                    __builtin_cpu_supports("f16c");
+    const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                    __builtin_cpu_supports("avx512cd");
+    if (v4 && __builtin_cpu_supports("avx512bf16") && wanted(avx512_bf16::table)) return avx512_bf16::table;
+    if (v4 && wanted(avx512::table)) return avx512::table;
+    if (v3 && wanted(avx2::table)) return avx2::table;
+#endif
+    (void)wanted;
+    return baseline::table;
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+    static const Kernels& chosen = choose();
+    return chosen;
+}
+
+void forward(const Work& work, const Forward& call) {
+    const Kernels& k = kernels();
+    switch (work.shape) {
+        case Shape::planes: return k.planes_forward(work, call);
+        case Shape::columns: return k.columns_forward(work, call);
+        case Shape::rows: return k.rows_forward(work, call);
+        case Shape::tiles: return k.tiles_forward(work, call);
+    }
+}
+
+void backward(const Work& work, const Backward& call) {
+    const Kernels& k = kernels();
+    switch (work.shape) {
+        case Shape::planes: return k.planes_backward(work, call);
+        case Shape::columns: return k.columns_backward(work, call);
+        case Shape::rows: return k.rows_backward(work, call);
+        case Shape::tiles: return k.tiles_backward(work, call);
+    }
+}
+
+int64_t bits_needed(const Work& work) {
+    if (work.activation != Activation::relu || !work.residual) return 0;
+    switch (work.shape) {
+        case Shape::rows: return work.n * bit_bytes(work.c);
+        case Shape::planes:
+        case Shape::tiles: return work.n * work.c * bit_bytes(work.s);
+        case Shape::columns: break;
+    }
+    const int64_t together = rows_per_run(work), rows = work.groups ? work.s : work.n * work.s;
+    const int64_t section = rows / together * bit_bytes(together * work.c) + bit_bytes(rows % together * work.c);
+    return section * (work.groups ? work.n : 1);
+}
+
+void* scratch(int slot, size_t bytes) {
+    struct Slot {
+        void* memory = nullptr;
+        size_t size = 0;
+        ~Slot() { std::free(memory); }
+    };
+    thread_local Slot slots[4];
+    Slot& mine = slots[slot];
+    if (mine.size < bytes) {
+        std::free(mine.memory);
+        mine.size = (bytes + 4095) / 4096 * 4096;
+        mine.memory = std::aligned_alloc(64, mine.size);
+        if (!mine.memory) {
+            mine.size = 0;
+            throw std::bad_alloc();
+        }
+    }
+    return mine.memory;
+}
+
+}  // namespace normkit

@@ -1,0 +1,268 @@
+"""The compiled CPU kernels as a backend: eager calls, their gradients, and the gradients of those."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from normkit.kernels import loading
+from normkit.kernels.plan import Plan, alike, plan_for
+
+if TYPE_CHECKING:
+    from normkit.dispatch import Call
+
+SMALL = 16384
+_ONE_OPERATOR = {"[n] c [s...]", "n... [c...]", "n (g [c]) [s...]"}
+_PLAIN = (Tensor, torch.nn.Parameter)
+_SECOND, _BOTH = 2, 3  # steps of a backward pass: the sums come first, the gradients of the inputs second
+
+
+def reasons_against(call: Call) -> list[str]:
+    """Why the compiled kernels cannot, or will not unasked, run this call. Leaves the plan in the call."""
+    if loading.module is None:
+        return [loading.absence or ""]
+    if torch.compiler.is_compiling():
+        return ["torch.compile and torch.export see torch's operators"]
+    for tensor in (call.x, call.weight, call.bias, call.residual, call.running_mean, call.running_var):
+        if tensor is None:
+            continue
+        if type(tensor) not in _PLAIN:
+            return ["an input is a subclass of Tensor, which sees torch's operators only"]
+        if not tensor.is_cpu:
+            return [f"a tensor is on {tensor.device}; these kernels are for the CPU"]
+        if tensor.layout is not torch.strided or tensor.is_neg():
+            return ["a tensor is sparse, or a view that changes its values"]
+    if _is_watched():
+        return ["a transform, a tracer or forward-mode differentiation watches torch's operators"]
+    plan = plan_for(call)
+    if isinstance(plan, str):
+        return [plan]
+    call.plan = plan
+    return []
+
+
+def is_too_small(over: str | None, center: bool, elements: int) -> bool:
+    """Whether one operator of torch does the same in less time than it takes Python to reach a kernel.
+
+    Torch has no one operator for RMS norm, and several for instance norm: there a kernel is faster at any size.
+    """
+    return elements < SMALL and center and over in _ONE_OPERATOR
+
+
+def reluctance(call: Call) -> list[str]:
+    """Why the compiled kernels will not run a call that they could run, unless asked for by name."""
+    if call.residual is None and call.activation is None and is_too_small(call.over, call.spec.center, call.x.numel()):
+        return [f"below {SMALL:,} elements torch's one operator is faster"]
+    return []
+
+
+def _is_watched() -> bool:
+    """Whether somebody wants to see, record or transform every operator: a compiled kernel is none."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
+def settle(running: tuple[Tensor, Tensor], proposed: tuple[Tensor, Tensor]) -> bool | None:
+    """Copy what is proposed into the running mean and variance, if every variance is finite; whether it was.
+
+    ``None``: not a case for these kernels.
+    """
+    mean, var = running
+    new_mean, new_var = proposed
+    dtype = var.dtype
+    if (
+        type(mean) is not Tensor
+        or not mean.is_cpu
+        or dtype not in (torch.float32, torch.float64)
+        or not (mean.dtype == new_mean.dtype == new_var.dtype == dtype)
+        or not (mean.is_contiguous() and var.is_contiguous())
+        or _is_watched()
+    ):
+        return None
+    addresses = mean.data_ptr(), var.data_ptr(), new_mean.data_ptr(), new_var.data_ptr()
+    return loading.module.settle(dtype == torch.float64, *addresses, var.numel())
+
+
+def count(counter: Tensor) -> None:
+    """Add one to an integer on the CPU."""
+    if counter.dtype == torch.int64 and counter.is_cpu:
+        loading.module.count(counter.data_ptr())
+    else:
+        counter.add_(1)
+
+
+def run(call: Call) -> Tensor:
+    """Carry out a call that there is no reason against."""
+    plan: Plan = call.plan
+    x, weight, bias, residual = call.x, call.weight, call.bias, call.residual
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    ):
+        return _Normalize.apply(x, weight, bias, residual, plan, call.running_mean, call.running_var, call)
+    return _forward(plan, x, weight, bias, residual, call, None)[0]
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _forward(
+    plan: Plan,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    call: Call,
+    bits: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The output, and the statistics: all means, then all inverse deviations."""
+    y = torch.empty_like(x)
+    stats = torch.empty(2 * plan.statistics, dtype=plan.number)
+    added = None if residual is None else alike(residual, x, plan.strides)  # held until the kernel has read it
+    plan.kernel.forward(
+        x.data_ptr(),
+        _address(added),
+        _address(weight),
+        _address(bias),
+        y.data_ptr(),
+        _address(bits),
+        stats.data_ptr(),
+        _address(call.running_mean),
+        _address(call.running_var),
+        call.momentum,
+        call.eps,
+        torch.get_num_threads(),
+    )
+    return y, stats
+
+
+class _Normalize(torch.autograd.Function):
+    """One node in the graph for norm, residual and activation."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Any, bias: Any, residual: Any, plan: Plan, *rest: Any) -> Tensor:
+        call: Call = rest[-1]
+        bits = torch.empty(plan.bits, dtype=torch.uint8) if plan.bits else None
+        y, stats = _forward(plan, x, weight, bias, residual, call, bits)
+        ctx.save_for_backward(x, weight, bias if plan.gate else None, residual if plan.gate else None, stats, bits)
+        ctx.plan, ctx.eps = plan, call.eps
+        ctx.bias_type = None if bias is None else bias.dtype
+        ctx.set_materialize_grads(False)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (dy,) = grads
+        if dy is None:
+            return (None,) * 8
+        if torch.is_grad_enabled() or _is_watched():
+            return (*_differentiable(ctx, dy), None, None, None, None)
+        plan: Plan = ctx.plan
+        x, weight, bias, residual, stats, bits = ctx.saved_tensors
+        need_x, need_weight, need_bias, need_residual = ctx.needs_input_grad[:4]
+        dy = alike(dy, x, plan.strides)
+        kept = None if residual is None else alike(residual, x, plan.strides)
+        dx = torch.empty_like(x) if need_x else None
+        # Without an activation the residual's gradient is dy itself.
+        through = need_residual and plan.activation is not None
+        dresidual = torch.empty_like(x) if through else (dy if need_residual else None)
+        dweight = torch.empty_like(weight) if need_weight else None
+        dbias = torch.empty(plan.parameters, dtype=ctx.bias_type) if need_bias else None
+        plan.kernel.backward(
+            x.data_ptr(),
+            dy.data_ptr(),
+            _address(kept),
+            _address(weight),
+            _address(bias),
+            stats.data_ptr(),
+            _address(bits),
+            _address(dx),
+            _address(dresidual) if through else 0,
+            _address(dweight),
+            _address(dbias),
+            0,
+            0.0,
+            _BOTH,
+            torch.get_num_threads(),
+        )
+        return dx, dweight, dbias, dresidual, None, None, None, None
+
+
+_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+}
+
+
+def _differentiable(ctx: Any, dy: Tensor) -> list[Tensor | None]:
+    """The same gradients out of torch's operators, so that they can be differentiated again."""
+    plan: Plan = ctx.plan
+    x, weight, bias, residual, stats, bits = ctx.saved_tensors
+    inputs = [x, weight, bias, residual]
+    wanted = [i for i, need in enumerate(ctx.needs_input_grad[:4]) if need]
+    with torch.enable_grad():
+        for i in wanted:
+            if inputs[i] is None:  # the gradients do not depend on this bias or residual: zero stands for it
+                zero = torch.zeros_like(x) if i == 3 else torch.zeros(plan.parameters, dtype=ctx.bias_type)
+                inputs[i] = zero.requires_grad_()
+        signs = None if bits is None else _signs(plan, x, stats, bits)
+        y = _composite(plan, (x, *inputs[1:]), stats, ctx.eps, signs)
+        grads = torch.autograd.grad(y, [inputs[i] for i in wanted], dy, create_graph=True)
+    out: list[Tensor | None] = [None] * 4
+    for i, grad in zip(wanted, grads, strict=True):
+        out[i] = grad
+    return out
+
+
+def _signs(plan: Plan, x: Tensor, stats: Tensor, bits: Tensor) -> Tensor:
+    """1 where the value before the ReLU was above zero, else 0: what a gradient of ones becomes on its way through."""
+    ones, signs = torch.ones_like(x), torch.empty_like(x)
+    addresses = (x.data_ptr(), ones.data_ptr(), 0, 0, 0, stats.data_ptr(), bits.data_ptr(), 0, signs.data_ptr(), 0, 0)
+    plan.kernel.backward(*addresses, 0, 0.0, _SECOND, torch.get_num_threads())
+    return signs
+
+
+def _composite(
+    plan: Plan,
+    inputs: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],
+    stats: Tensor,
+    eps: float,
+    signs: Any,
+) -> Tensor:
+    """The forward pass in torch's operators: input, weight, bias, residual."""
+    x, weight, bias, residual = inputs
+    wide = x.to(plan.number).reshape(plan.view)
+    if plan.batch:
+        centred = wide - wide.mean(plan.pooled, keepdim=True) if plan.center else wide
+        hat = centred * torch.rsqrt(centred.square().mean(plan.pooled, keepdim=True) + eps)
+    else:
+        mean, rstd = (half.reshape(plan.weight_view) for half in stats.chunk(2))
+        hat = (wide - mean) * rstd
+    if weight is not None:
+        hat = hat * weight.to(plan.number).reshape(plan.weight_view)
+    if bias is not None:
+        hat = hat + bias.to(plan.number).reshape(plan.weight_view)
+    z = hat.reshape(x.shape)
+    if residual is not None:
+        z = z + residual
+    if signs is not None:
+        z = z * signs
+    elif plan.activation == "leaky_relu":
+        z = F.leaky_relu(z, plan.slope)
+    elif plan.activation is not None:
+        z = _FUNCTIONS[plan.activation](z)
+    return z.to(x.dtype)

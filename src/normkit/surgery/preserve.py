@@ -1,0 +1,41 @@
+"""What an operation leaves as it was: names, objects, modes, types, trainability, the keys of the state_dict."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The parts of a model that other code holds on to: an optimizer, a checkpoint, a hook, a second name."""
+
+    facts: dict[str, Any]
+    """Sentence -> value."""
+    keys: tuple[str, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Snapshot:
+        return cls(dict(_facts(model)), tuple(model.state_dict()))
+
+    def losses(self, model: nn.Module) -> list[str]:
+        """A sentence for everything that is not as it was; things that are new are no loss."""
+        now = Snapshot.of(model)
+        lost = [f"{what} is not what it was" for what, value in self.facts.items() if now.facts.get(what) != value]
+        return lost if self.keys == now.keys else [*lost, "the keys of the state_dict have changed"]
+
+
+def _facts(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    # Every name, and not every object once: both names of a module that is registered twice have to survive.
+    for name, module in model.named_modules(remove_duplicate=False):
+        yield f"module {name!r}", id(module)
+        yield f"the mode of {name!r}", module.training
+        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+        yield f"the hooks of {name!r}", [[id(hook) for hook in kind.values()] for kind in hooks]
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        yield f"parameter {name!r}", (id(parameter), parameter.requires_grad, parameter.dtype, parameter.device)
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        yield f"buffer {name!r}", (id(buffer), buffer.dtype, buffer.device)

@@ -1,0 +1,111 @@
+"""A model on a probe batch, before and after: the outputs and the buffers, and how far they moved."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from normkit.vocabulary.certificate import Agreement
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one forward left: outputs in order, buffers by name."""
+
+    training: bool
+    tensors: dict[str, Tensor]
+
+
+def run(model: nn.Module, example_inputs: Any, *, training: bool) -> Outcome:
+    """The outputs of the model in one mode; the model, and the random state, are put back.
+
+    Raises:
+        ValueError: the model does not take the probe batch in this mode.
+    """
+    args, kwargs = arguments(example_inputs)
+    with _restored(model), torch.set_grad_enabled(training):
+        model.train(training)
+        try:
+            output = model(*args, **kwargs)
+        except Exception as error:
+            mode = "training" if training else "evaluation"
+            raise ValueError(
+                f"example_inputs: the model raises {type(error).__name__} on them in {mode}: {error}\n"
+                "  give a batch that it takes in training and in evaluation: a tensor, a tuple of the positional "
+                "arguments, or a dict of keyword arguments"
+            ) from error
+        leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+        tensors = {f"output {place}": leaf.detach().clone() for place, leaf in enumerate(leaves)}
+        tensors |= {f"buffer {name}": buffer.detach().clone() for name, buffer in model.named_buffers()}
+        return Outcome(training, tensors)
+
+
+def agreement(model: nn.Module, example_inputs: Any, before: Outcome) -> Agreement:
+    """How far the model's outputs are from those of before."""
+    after = run(model, example_inputs, training=before.training)
+    error = max((_distance(then, after.tensors.get(name)) for name, then in before.tensors.items()), default=0.0)
+    return Agreement(before.training, error, _limit(model, example_inputs, before))
+
+
+def arguments(example_inputs: Any) -> tuple[tuple, dict[str, Any]]:
+    """Positional and keyword arguments of a call."""
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    return (tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)), {}
+
+
+def _distance(then: Tensor, now: Tensor | None) -> float:
+    """Greatest difference, divided by the greatest value; infinite where shapes, types or non-finite places differ."""
+    if now is None or then.shape != now.shape or then.dtype != now.dtype:
+        return float("inf")
+    if not then.numel():
+        return 0.0
+    if not (then.is_floating_point() or then.is_complex()):
+        return 0.0 if torch.equal(then, now) else float("inf")
+    finite = then.isfinite()
+    if not torch.equal(finite, now.isfinite()):
+        return float("inf")
+    wide = torch.promote_types(then.dtype, torch.float64)
+    a, b = then[finite].to(wide), now[finite].to(wide)
+    if not a.numel():
+        return 0.0
+    return float((a - b).abs().max() / a.abs().max().clamp_min(torch.finfo(torch.float32).tiny))
+
+
+def _limit(model: nn.Module, example_inputs: Any, before: Outcome) -> float:
+    """The square root of the unit roundoff of the coarsest type in play: half of the digits.
+
+    A mistake costs more; the rounding of one fused instead of two separate steps, carried through the depth of a
+    network that can be trained, costs less.
+    """
+    tensors = [*model.parameters(), *pytree.tree_leaves(arguments(example_inputs)), *before.tensors.values()]
+    types = {tensor.dtype for tensor in tensors if isinstance(tensor, Tensor) and tensor.is_floating_point()}
+    devices = {tensor.device.type for tensor in tensors if isinstance(tensor, Tensor)}
+    types |= {torch.get_autocast_dtype(device) for device in devices if torch.is_autocast_enabled(device)}
+    return max((torch.finfo(kind).eps for kind in types), default=torch.finfo(torch.float32).eps) ** 0.5
+
+
+@contextlib.contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Modes, buffers (objects and values) and the random state as they were."""
+    modules = list(model.modules())
+    modes = [module.training for module in modules]
+    copied = lambda buffer: None if buffer is None else buffer.detach().clone()
+    buffers = [{name: (held, copied(held)) for name, held in module._buffers.items()} for module in modules]
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
+            yield
+    finally:
+        for module, training, kept in zip(modules, modes, buffers, strict=True):
+            module.training = training
+            for name, (held, value) in kept.items():
+                module._buffers[name] = held
+                if held is not None and value is not None:
+                    with torch.no_grad():
+                        held.copy_(value)

@@ -1,0 +1,44 @@
+"""Prescription: one proposed change of a model, with its reason and its safety."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Safety = Literal["identical", "train_identical", "eval_identical", "retrain"]
+
+MEANING: dict[Safety, str] = {
+    "identical": "the same function in training and in evaluation, up to rounding",
+    "train_identical": "the same function in training; evaluation differs",
+    "eval_identical": "the same function in evaluation; training differs",
+    "retrain": "another function: the model needs training after it",
+}
+"""What each safety promises. Surgery holds the first three against a probe batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prescription:
+    """What shall be done to one module, and why."""
+
+    action: str
+    """What is done, in the words by which a certificate counts: ``"BatchNorm2d becomes normkit's"``."""
+    module: str
+    """The module's name in the model; empty: the model itself."""
+    reason: str
+    safety: Safety = "identical"
+    detail: str = ""
+    """What exactly, where the action has parts."""
+
+    def __post_init__(self) -> None:
+        if self.safety not in MEANING:
+            raise ValueError(f"safety {self.safety!r} is unknown.\n  choose from: {', '.join(MEANING)}")
+
+    @property
+    def modes(self) -> tuple[bool, ...]:
+        """The modes (``training``) in which the model must compute the same as before."""
+        return {
+            "identical": (False, True),
+            "train_identical": (True,),
+            "eval_identical": (False,),
+            "retrain": (),
+        }[self.safety]
