@@ -288,3 +288,19 @@ def test_every_instruction_set_that_this_machine_has(isa):
     tests = [__file__, "-k", "every_path or any_width or gradients or phases", "-p", "no:xdist"]
     done = subprocess.run([sys.executable, "-m", "pytest", *tests], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:]
+
+
+@pytest.mark.parametrize("layout", ["expanded", "channels_last", "sliced"])
+def test_a_residual_laid_out_in_another_way(layout):
+    """The kernel reads a copy of it, which has to live as long as the kernel reads."""
+    layer, x = nk.BatchNorm2d(7, activation="relu"), torch.randn(6, 7, 9, 5) * 3 + 2
+    residual = {
+        "expanded": torch.randn(6, 1, 9, 5).expand(-1, 7, -1, -1),
+        "channels_last": torch.randn(6, 7, 9, 5).to(memory_format=torch.channels_last),
+        "sliced": torch.randn(6, 7, 9, 10)[..., ::2],
+    }[layout]
+    wanted = layer(x, residual=residual.contiguous())
+    for _ in range(8):  # memory that is free too early is soon used again
+        scratch = [torch.full_like(x, torch.nan) for _ in range(4)]
+        assert torch.equal(layer(x, residual=residual), wanted)
+        del scratch
