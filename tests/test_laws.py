@@ -53,16 +53,22 @@ def test_a_law_is_claimed_if_and_only_if_it_holds(form, law, backend):
             assert witness > VISIBLE
 
 
-@pytest.mark.parametrize("form", [form for form in STANDING if "scale" in form.spec.laws], ids=str)
-def test_epsilon_bends_the_law_of_scale_by_epsilon_over_variance(form):
-    """1 / sqrt(var + eps) against 3 / sqrt(9 var + eps): they differ by a part of eps / (2 var)."""
+SCALES = {"scale": 1.0, "sample_scale": 0.5, "channel_scale": 0.5}
+"""Laws of scale, and the smallest factor with which they are measured, if it is below 1."""
+
+
+@pytest.mark.parametrize(
+    ("form", "law"), [(form, law) for form in STANDING for law in SCALES if law in form.spec.laws], ids=str
+)
+def test_epsilon_bends_a_law_of_scale_by_epsilon_over_variance(form, law):
+    """1 / sqrt(var + eps) against s / sqrt(s² var + eps): they differ by a part of eps / (2 * the smaller variance)."""
     layer, x = form.layer(ORDINARY, torch.float64), ORDINARY.input(form, torch.float64)
     layer.eps = 1e-3
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
             parameter.fill_(1.0 if name == "weight" else 0.0)
-    least_variance = float(1 / Truth(layer, x).rstd.max() ** 2 - layer.eps)
-    bent = LAWS["scale"].residual(layer, x)
+    least_variance = SCALES[law] ** 2 * float(1 / Truth(layer, x).rstd.max() ** 2 - layer.eps)
+    bent = LAWS[law].residual(layer, x)
     assert 0 < bent <= layer.eps / (2 * least_variance)
 
 

@@ -1,0 +1,182 @@
+"""Writes docs/norms.md, and the table of norms in README.md, from the registry, the laws and the docstrings.
+
+python docs/generate.py            write both
+python docs/generate.py --check    exit 1, with a sentence, if one of them is not what would be written
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import normkit as nk
+from normkit.laws import LAWS
+from normkit.vocabulary.spec import REGISTRY, Family, Spec
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMAND = "python docs/generate.py"
+BEGIN, END = "<!-- norms:begin -->", "<!-- norms:end -->"
+HOLDS, BROKEN = "✓", ""
+RESTORES = "restores"
+"""The one law that is not about a change of the input."""
+
+
+def families() -> list[Family]:
+    return [REGISTRY[name] for name in nk.list_norms()]
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    header = list(header)
+    lines = [header, ["---", *[":-:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def law_table(link: str) -> str:
+    """Norms down, laws across; ``link`` leads to the cards."""
+    rows = []
+    for family in families():
+        spec = family.spec
+        marks = [HOLDS if law in spec.laws else BROKEN for law in LAWS]
+        rows.append([f"[{spec.name}]({link}#{spec.name})", f"`{spec.over}`" if spec.over else "nothing", *marks])
+    return table(["norm", "pools over", *(name.replace("_", " ") for name in LAWS)], rows)
+
+
+def legend() -> str:
+    invariances = [law for law in LAWS.values() if law.name != RESTORES]
+    changes = "\n".join(f"- **{law.name.replace('_', ' ')}**: {law.statement}" for law in invariances)
+    return (
+        "The output of a layer in training does not change with\n\n"
+        f"{changes}\n\n"
+        f"and **{RESTORES}** means: {LAWS[RESTORES].statement}."
+    )
+
+
+def markdown(text: str) -> str:
+    """A docstring in Markdown, one line a paragraph."""
+    text = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", text)
+    return " ".join(text.replace("``", "`").split())
+
+
+def paragraphs(documented: object) -> list[str]:
+    return [markdown(paragraph) for paragraph in (inspect.getdoc(documented) or "").split("\n\n")]
+
+
+def first(starts: tuple[str, ...], *documented: object) -> str:
+    """The first paragraph that starts with one of these words, in the docstrings in this order; or nothing."""
+    found = (text for thing in documented for text in paragraphs(thing) if text.startswith(starts))
+    return next(found, "")
+
+
+def formula(*documented: object) -> str:
+    """The first equation in these docstrings, on a line of its own, and what is said after it."""
+    for text in (text for thing in documented for text in paragraphs(thing)):
+        if match := re.search(r"`(y = [^`]+)`(.*)", text):
+            after = match[2].strip(" ,:.")
+            note = f"\n\n{after[0].upper()}{after[1:]}." if after else ""
+            return f"```\n{match[1]}\n```{note}"
+    raise ValueError(f"no docstring of {documented} has ``y = ...``")
+
+
+def facts(family: Family) -> str:
+    spec = family.spec
+    classes = [*family.classes.values(), *family.lazy.values()]
+    aliases = [f"`{alias}`" for alias in spec.aliases if alias]
+    shorthand = f"`{(spec.aliases or (spec.name,))[0]}:value` sets `{spec.shorthand}`" if spec.shorthand else ""
+    centred = "mean and variance" if spec.center else "mean square, not centred"
+    laws = [law.replace("_", " ") for law in LAWS if law in spec.laws]
+    rows = [
+        ("layer", ", ".join(f"`nk.{cls.__name__}`" for cls in sorted(classes, key=_by_size))),
+        ("function", f"`nk.functional.{spec.name}`"),
+        ("as a name", ", ".join([f"`{spec.name}`", *aliases]) + (f"; {shorthand}" if shorthand else "")),
+        ("pools over", f"`{spec.over}`: {centred}" if spec.over else "nothing"),
+        ("drop-in for", twins(family) or "no layer of torch"),
+        ("laws", ", ".join(laws) or "none"),
+        ("paper", spec.paper or "none"),
+    ]
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+
+
+def _by_size(cls: type) -> tuple[bool, str]:
+    return cls.__name__.startswith("Lazy"), cls.__name__
+
+
+def twins(family: Family) -> str:
+    dims = sorted(dim for dim in family.classes if dim is not None)
+    names = {family.spec.twin.format(dim=dim): None for dim in dims or (0,)} if family.spec.twin else {}
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def card(family: Family) -> str:
+    spec: Spec = family.spec
+    cls = family.pick(2)
+    function = getattr(nk.functional, spec.name)
+    parts = [
+        f"## {spec.name}",
+        markdown(spec.summary),
+        formula(cls, function),
+        facts(family),
+        first(("Differs from",), cls, function),
+        first(("When not to use it", "Do not "), cls, function),
+    ]
+    return "\n\n".join(filter(None, parts))
+
+
+INTRODUCTION = """
+# Norms
+
+Brackets in a pattern mark the axes that share a mean and a variance: n samples, c channels, s space, g groups.
+
+## Which norm is invariant to what
+"""
+PROOF = """
+A tick is a claim that `tests/test_laws.py` holds: on torch's operators and on the reference, for one, two and three
+spatial axes. An empty cell is a claim too, which the same test refutes with a witness. Where a variance is not large
+beside `eps`, a law of scale is bent by up to `eps / (2 * variance)`, of the smaller of the two variances.
+"""
+
+
+def norms_page() -> str:
+    source = (
+        f"<!-- Written by `{COMMAND}` from the registry, the laws and the docstrings: change those, then run it. -->"
+    )
+    parts = [source, INTRODUCTION, law_table(""), legend(), PROOF, *(card(family) for family in families())]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def readme(text: str) -> str:
+    """``text`` with the table of norms between the two marks."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise SystemExit(f"README.md has no {BEGIN} ... {END}: there is no place for the table of norms.")
+    return f"{before}{begin}\n{law_table('docs/norms.md')}\n{end}{after}"
+
+
+def pages() -> dict[Path, str]:
+    """What should be in which file."""
+    return {
+        ROOT / "docs" / "norms.md": norms_page(),
+        ROOT / "README.md": readme((ROOT / "README.md").read_text(encoding="utf-8")),
+    }
+
+
+def main(arguments: list[str]) -> int:
+    if arguments not in ([], ["--check"]):
+        print(f"{COMMAND} [--check]", file=sys.stderr)
+        return 2
+    stale = [path for path, text in pages().items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    if arguments:
+        for path in stale:
+            print(f"{path.relative_to(ROOT)} is not what the registry says: run `{COMMAND}`.", file=sys.stderr)
+        return 1 if stale else 0
+    for path in stale:
+        path.write_text(pages()[path], encoding="utf-8")
+        print(f"wrote {path.relative_to(ROOT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,316 @@
+"""Behaviour of normalization layers that surprises people: first shown on torch, then what normkit does about it.
+
+A test whose name begins with test_torch goes red when torch mends the thing; then docs/conformance.md wants a new line.
+The numbers of the rows are those of docs/conformance.md.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import normkit as nk
+from twins import CHANNELS, TRACKING, Twin, assert_same, off_scale
+
+PAGE = Path(__file__).parent.parent / "docs" / "conformance.md"
+CHOICES = ("auto", "torch")
+each_tracking = pytest.mark.parametrize("twin", [t for t in TRACKING if all(t.options.values())], ids=str)
+
+
+@pytest.fixture(autouse=True, params=CHOICES)
+def _on_each_backend_that_may_run(request):
+    with nk.backend(request.param):
+        yield
+
+
+def statistics(layer: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in layer.state_dict().items() if name.startswith(("running", "num"))}
+
+
+# Row 13: parameters are frozen, statistics move.
+
+
+@pytest.mark.parametrize("whose", ["ours", "torchs"])
+@each_tracking
+def test_freezing_the_parameters_does_not_freeze_the_statistics_in_either(twin, whose):
+    """As in torch: whether weight and bias train is another question than whether the statistics move."""
+    layer = dict(zip(("ours", "torchs"), twin.pair(), strict=True))[whose].requires_grad_(False)
+    layer(twin.input())
+    assert layer.running_mean.abs().min() > 0
+    assert not layer(twin.input()).requires_grad
+
+
+# Row 14: the variance that normalises is not the one that is kept.
+
+
+@pytest.mark.parametrize("namespace", [nn, nk], ids=["torch", "normkit"])
+def test_training_and_evaluation_differ_on_the_same_batch_in_both(namespace):
+    """As in torch: two values are ±1 by the biased variance, and ±sqrt(1/2) by the unbiased one that is kept."""
+    layer = namespace.BatchNorm1d(1, momentum=1.0, eps=1e-12)
+    x = torch.tensor([[1.0], [3.0]])
+    bound = 4 * torch.finfo(torch.float32).eps
+    assert (layer(x).flatten() - torch.tensor([-1.0, 1.0])).abs().max() <= bound
+    assert (layer.eval()(x).flatten() - torch.tensor([-0.5, 0.5]).sign() * 0.5**0.5).abs().max() <= bound
+
+
+# Row 15: a group of a single value.
+
+LONELY = {"(n, c)": (5, CHANNELS), "(n, c, 1, 1)": (5, CHANNELS, 1, 1)}
+
+
+@pytest.mark.parametrize("shape", LONELY)
+def test_torch_group_norm_says_nothing_of_groups_of_one_value(shape):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        y = nn.GroupNorm(CHANNELS, CHANNELS)(off_scale(LONELY[shape], 1))
+    assert y.abs().max() < 1e-2  # rounding noise in the place of the input
+
+
+@pytest.mark.parametrize("shape", LONELY)
+def test_group_norm_warns_of_groups_of_one_value_and_only_once(shape):
+    layer, x = nk.GroupNorm(CHANNELS, CHANNELS), off_scale(LONELY[shape], 1)
+    with pytest.warns(UserWarning, match=r"every group holds a single value.*num_groups=6.*Choose fewer groups"):
+        y = layer(x)
+    assert y.abs().max() < 1e-2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer(x)
+        nk.GroupNorm(3, CHANNELS)(x)
+        nk.GroupNorm(CHANNELS, CHANNELS)(off_scale((5, CHANNELS, 2), 1))
+
+
+@pytest.mark.parametrize("namespace", [nn, nk], ids=["torch", "normkit"])
+def test_instance_norm_refuses_a_single_value_in_both(namespace):
+    with pytest.raises(ValueError, match="Expected more than 1 spatial element when training"):
+        namespace.InstanceNorm2d(CHANNELS)(off_scale((5, CHANNELS, 1, 1), 1))
+
+
+# Row 16: a number of channels that is not used.
+
+
+@pytest.mark.parametrize("namespace", [nn, nk], ids=["torch", "normkit"])
+def test_instance_norm_of_another_number_of_channels_only_warns_in_both(namespace):
+    with pytest.warns(UserWarning, match="size at dim=1 does not match num_features"):
+        y = namespace.InstanceNorm2d(7)(off_scale((2, 3, 4, 4), 1))
+    assert y.shape == (2, 3, 4, 4)
+
+
+# Row 20: one bad batch.
+
+
+def poisoned(twin: Twin, value: float) -> Tensor:
+    x = twin.input()
+    x.view(-1)[3] = value
+    return x
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@each_tracking
+def test_torch_statistics_do_not_survive_a_value_that_is_not_finite(twin, value):
+    _, layer = twin.pair()
+    layer(poisoned(twin, value))
+    for _ in range(20):
+        layer(twin.input())
+    assert not layer.running_mean.isfinite().all()
+    assert not layer.eval()(twin.input()).isfinite().all()
+
+
+@pytest.mark.parametrize("momentum", [0.1, 1.0, None])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@each_tracking
+def test_statistics_and_counter_stay_as_they_were_and_the_batch_is_counted_apart(twin, value, momentum):
+    layer = twin.layer(momentum=momentum)
+    layer(twin.input())
+    before, bad = statistics(layer), poisoned(twin, value)
+    y = layer(bad)
+    assert not y.isfinite().all()  # the output shows it, as in torch
+    assert_same(statistics(layer), before)
+    assert layer.num_batches_skipped.item() == 1
+    assert "num_batches_skipped" not in layer.state_dict()
+    untouched = twin.layer(momentum=momentum)
+    untouched.load_state_dict(layer.state_dict())
+    x = twin.input()
+    layer(x), untouched(x)
+    assert_same(statistics(layer), statistics(untouched))
+    assert layer.num_batches_skipped.item() == 1
+    assert layer.eval()(x).isfinite().all()
+    layer.reset_running_stats()
+    assert layer.num_batches_skipped.item() == 0
+
+
+@each_tracking
+def test_the_functional_form_leaves_the_statistics_alone_too(twin):
+    function = getattr(nk.functional, twin.spec.name)
+    mean, var = torch.full((CHANNELS,), 0.5), torch.full((CHANNELS,), 2.0)
+    arguments = {"training": True} if twin.mixes_samples else {}
+    function(poisoned(twin, torch.nan), mean, var, **arguments)
+    assert mean.equal(torch.full((CHANNELS,), 0.5))
+    assert var.equal(torch.full((CHANNELS,), 2.0))
+    function(twin.input(), mean, var, **arguments)
+    assert not mean.equal(torch.full((CHANNELS,), 0.5))
+
+
+@each_tracking
+def test_an_overflowing_variance_is_not_let_in_either(twin):
+    """Finite values whose squares are not: what a narrow type meets first."""
+    layer = twin.layer()
+    layer(twin.input() * 1e30)
+    assert layer.running_var.isfinite().all()
+    assert layer.num_batches_skipped.item() == 1
+
+
+# Row 21: low-precision buffers; the stall of running_var itself is in test_dtypes.py.
+
+
+@each_tracking
+def test_torch_buffers_become_as_narrow_as_the_model(twin):
+    _, layer = twin.pair()
+    assert layer.bfloat16().running_var.dtype == torch.bfloat16
+
+
+@each_tracking
+def test_buffers_stay_float32_beside_narrow_parameters(twin):
+    layer = twin.layer().bfloat16()
+    layer(twin.input(dtype=torch.bfloat16))
+    assert layer.running_var.dtype == layer.running_mean.dtype == torch.float32
+    assert layer.eval()(twin.input(dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+# Row 22: instance norm and channels-last.
+
+LAYOUTS = {2: torch.channels_last, 3: torch.channels_last_3d}
+
+
+def channels_last_input(dim: int) -> Tensor:
+    return off_scale((2, CHANNELS, 5, 4, 3)[: dim + 2], 1).contiguous(memory_format=LAYOUTS[dim])
+
+
+@pytest.mark.parametrize("dim", LAYOUTS)
+def test_torch_instance_norm_gives_contiguous_for_channels_last(dim):
+    layer = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}[dim](CHANNELS)
+    assert layer(channels_last_input(dim)).is_contiguous()
+
+
+@pytest.mark.parametrize("name", nk.list_norms())
+@pytest.mark.parametrize("dim", LAYOUTS)
+def test_channels_last_in_is_channels_last_out_for_every_norm(dim, name):
+    layer = nk.create(f"{name}:3" if name == "group_norm" else name, CHANNELS, dim=dim)
+    x = channels_last_input(dim)
+    for training in (True, False):
+        y = layer.train(training)(x, residual=x)
+        assert y.is_contiguous(memory_format=LAYOUTS[dim])
+        assert layer(x.contiguous()).is_contiguous()
+
+
+# Row 23: a counter that runs ahead.
+
+
+def test_torch_counts_a_batch_that_it_refuses():
+    layer = nn.BatchNorm1d(CHANNELS)
+    with pytest.raises(ValueError, match="more than 1 value"):
+        layer(off_scale((1, CHANNELS), 1))
+    assert layer.num_batches_tracked.item() == 1
+
+
+def test_a_batch_that_is_refused_is_not_counted():
+    layer = nk.BatchNorm1d(CHANNELS)
+    before = statistics(layer)
+    with pytest.raises(ValueError, match="more than 1 value"):
+        layer(off_scale((1, CHANNELS), 1))
+    assert_same(statistics(layer), before)
+
+
+# Row 24: instance norm without samples.
+
+
+def test_torch_affine_instance_norm_cannot_take_an_empty_batch():
+    with pytest.raises(IndexError):
+        nn.InstanceNorm2d(CHANNELS, affine=True)(torch.empty(0, CHANNELS, 5, 4))
+
+
+def test_torch_instance_norm_statistics_do_not_survive_an_empty_batch():
+    layer = nn.InstanceNorm2d(CHANNELS, track_running_stats=True)
+    layer(torch.empty(0, CHANNELS, 5, 4))
+    assert layer.running_mean.isnan().all()
+
+
+@each_tracking
+def test_an_empty_batch_leaves_the_statistics_alone(twin):
+    layer = twin.layer()
+    layer(twin.input())
+    before = statistics(layer)
+    assert layer(twin.input(samples=0)).numel() == 0
+    after = statistics(layer)
+    if twin.mixes_samples:  # torch counts it
+        assert after.pop("num_batches_tracked") == before.pop("num_batches_tracked") + 1
+    assert_same(after, before)
+    assert layer.num_batches_skipped.item() == 0
+
+
+# Row 25: momentum=None and the compiler.
+
+
+def test_torch_batch_norm_with_momentum_none_does_not_compile_whole():
+    torch._dynamo.reset()
+    layer = torch.compile(nn.BatchNorm2d(CHANNELS, momentum=None), fullgraph=True, backend="eager")
+    with pytest.raises(torch._dynamo.exc.TorchDynamoException):
+        layer(off_scale((5, CHANNELS, 4, 4), 1))
+
+
+def test_batch_norm_with_momentum_none_compiles_whole():
+    torch._dynamo.reset()
+    layer = nk.BatchNorm2d(CHANNELS, momentum=None)
+    other = copy.deepcopy(layer)
+    whole = torch.compile(layer, fullgraph=True, backend="eager")
+    for _ in range(2):
+        x = off_scale((5, CHANNELS, 4, 4), 1)
+        with nk.backend("torch"):
+            assert whole(x).equal(other(x))
+    assert_same(statistics(layer), statistics(other))
+
+
+# Row 26: a checkpoint for a lazy layer.
+
+
+def test_torch_lazy_instance_norm_forgets_its_channels_when_a_checkpoint_comes_first():
+    layer = nn.LazyInstanceNorm2d()
+    layer.load_state_dict(nn.InstanceNorm2d(CHANNELS, affine=True, track_running_stats=True).state_dict())
+    with pytest.raises(ValueError, match=r"num_features \(0\)"):
+        layer(off_scale((5, CHANNELS, 4, 4), 1))
+
+
+def test_lazy_layers_take_their_channels_from_a_checkpoint():
+    for ours, torchs in ((nk.LazyInstanceNorm2d, nn.InstanceNorm2d), (nk.LazyBatchNorm2d, nn.BatchNorm2d)):
+        layer = ours()
+        layer.load_state_dict(torchs(CHANNELS, affine=True, track_running_stats=True).state_dict())
+        assert layer(off_scale((5, CHANNELS, 4, 4), 1)).shape == (5, CHANNELS, 4, 4)
+        assert layer.num_features == CHANNELS
+
+
+# The page.
+
+
+def rows() -> dict[str, list[str]]:
+    cells = [line.strip("|").split(" | ") for line in PAGE.read_text().splitlines() if line.startswith("| ")]
+    return {cell[0].strip(): [c.strip() for c in cell[1:]] for cell in cells if cell[0].strip().isdigit()}
+
+
+def test_the_page_names_every_row_once_and_what_becomes_of_it():
+    assert sorted(map(int, rows())) == list(range(1, 28))
+    for cells in rows().values():
+        assert cells[1] in ("yes", "no", "not run here")
+        assert cells[2].split(":")[0] in ("same as torch", "differs", "open")
+
+
+def test_the_rows_shown_here_are_those_the_page_says_are():
+    source = Path(__file__).read_text()
+    shown = {number for number in rows() if f"# Row {number}:" in source}
+    assert shown == {"13", "14", "15", "16", "20", "21", "22", "23", "24", "25", "26"}
+    for number in shown:
+        assert rows()[number][1] == "yes"
+        assert not rows()[number][2].startswith("open")
