@@ -1,0 +1,77 @@
+"""Training steps of whole models: which variants are timed, refused and skipped."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import normkit as nk
+from bench_cases import BRIEF
+from normkit.bench import models, training
+
+
+def test_resnet50_is_the_one_of_the_paper():
+    with torch.device("meta"):
+        model = models.ResNet()
+    assert sum(parameter.numel() for parameter in model.parameters()) == 25_557_032
+    assert sum(isinstance(module, nn.BatchNorm2d) for module in model.modules()) == 53
+
+
+TINY = {
+    "resnet50": models.Setting(
+        lambda: models.ResNet((1, 1, 1, 1), 8, 10),
+        lambda: models._images(8, 64, 10),
+        nn.functional.cross_entropy,
+        "tiny",
+    ),
+    "unet": models.Setting(lambda: models.UNet(32), lambda: models._noise(2, 8), nn.functional.mse_loss, "tiny"),
+    "transformer": models.Setting(
+        lambda: models.Transformer(1, 32, 2), lambda: models._bytes(2, 8), models._per_symbol, "tiny"
+    ),
+}
+
+
+def faster(model: nn.Module) -> None:
+    """Stands for accelerate_: leaves the model as it is."""
+
+
+def wrong(model: nn.Module) -> None:
+    """Stands for an accelerate_ that changes what the model computes."""
+    norm = next(m for m in model.modules() if isinstance(m, (nn.BatchNorm2d, nn.GroupNorm, nn.RMSNorm)))
+    norm.register_forward_hook(lambda module, given, y: 1.3 * y + 0.5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize(("accelerate", "state"), [(faster, "measured"), (wrong, "refused"), (None, "skipped")])
+def test_a_training_step_of_each_model(monkeypatch, name, dtype, accelerate, state):
+    monkeypatch.setitem(models.MODELS, name, TINY[name])
+    monkeypatch.setattr(nk, "accelerate_", accelerate, raising=False)
+    effort = replace(BRIEF, wanted=("torch", "normkit"))
+    records = {r["implementation"]: r for r in training.measure(name, dtype, effort)}
+    assert (records["torch"]["state"], records["normkit"]["state"]) == ("measured", state)
+    assert ("step" in records["normkit"]) == (state == "measured")
+    assert records["torch"]["step"]["ms"] >= records["torch"]["forward"]["ms"] > 0
+    parity = records["torch"]["parity"]
+    assert 0 < parity["gradients"]["error"] < (1e-3 if dtype == "float32" else 0.5)
+    assert 0 < parity["loss"]["error"] < (1e-5 if dtype == "float32" else 0.05)
+
+
+def test_a_model_that_a_compiler_cannot_take_costs_its_own_row_only(monkeypatch):
+    monkeypatch.setitem(models.MODELS, "transformer", TINY["transformer"])
+
+    def broken(model, **options):
+        def call(x):
+            raise RuntimeError("no C++ compiler")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    effort = replace(BRIEF, wanted=("torch", "torch.compile"))
+    records = {r["implementation"]: r for r in training.measure("transformer", "float32", effort)}
+    assert records["torch.compile"]["state"] == "skipped"
+    assert "no C++ compiler" in records["torch.compile"]["why"]
+    assert "step" in records["torch"]
