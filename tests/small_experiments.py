@@ -12,6 +12,7 @@ from torch import nn
 from normkit.lab import Experiment
 
 PATH = Path(__file__)
+MARK = torch.tensor(12.5)
 RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 
 
@@ -54,7 +55,7 @@ class CrashesInTraining(nn.Module):
 
     def forward(self, x):
         self.calls += self.training
-        if self.calls > 4 and any(isinstance(m, nn.BatchNorm1d) for m in self.modules()):
+        if self.calls > 2 and any(isinstance(m, nn.BatchNorm1d) for m in self.modules()):
             raise RuntimeError("the third step is one too many")
         return self.layers(x)
 
@@ -64,17 +65,28 @@ def crashing() -> Experiment:
                       rates=RATES, steps=12, eval_every=4, batch_size=16)  # fmt: skip
 
 
-class KillsItsProcess(CrashesInTraining):
+class KillsItsProcess(nn.Module):
+    """A network whose batch-norm arm kills its own process when it meets the data of seed 0."""
+
+    def __init__(self, norm_layer):
+        super().__init__()
+        self.layers = model(norm_layer)
+
     def forward(self, x):
-        try:
-            return super().forward(x)
-        except RuntimeError:
+        if torch.equal(x.max(), MARK) and any(isinstance(m, nn.BatchNorm1d) for m in self.modules()):
             os.kill(os.getpid(), signal.SIGKILL)
+        return self.layers(x)
 
 
 def deadly() -> Experiment:
-    return Experiment(name="deadly", model=KillsItsProcess, data=data, target=0.8, arms=("none", "batch"),
-                      rates=RATES, steps=12, eval_every=4, batch_size=16)  # fmt: skip
+    def marked(seed: int):
+        parts = data(seed)
+        if seed == 0:
+            parts[0][0][:, 0] = MARK
+        return parts
+
+    return Experiment(name="deadly", model=KillsItsProcess, data=marked, target=0.0, arms=("none", "batch"),
+                      rates=(*RATES[:-1], 0.001), steps=12, eval_every=4, batch_size=16)  # fmt: skip
 
 
 def diverging() -> Experiment:

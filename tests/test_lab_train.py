@@ -169,9 +169,10 @@ def test_a_checkpoint_behind_the_end_of_its_journal_is_not_believed(tmp_path):
     run(cell(), tmp_path / "whole")
     with pytest.raises(Killed):
         run(cell(), tmp_path / "killed", replace(tiny(), between_steps=[KillAt(20)]), seconds=0)
-    (tmp_path / "killed" / "metrics.jsonl").write_bytes(b"")  # a power cut lost it
-    run(cell(), tmp_path / "killed")
-    assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
+    (tmp_path / "killed" / "inside.jsonl").write_bytes(b"")  # a power cut lost it
+    run(cell(), tmp_path / "killed", replace(tiny(), between_steps=[KillAt()]))
+    for name in ("metrics.jsonl", "inside.jsonl"):
+        assert lines(tmp_path / "killed", name) == lines(tmp_path / "whole", name)
 
 
 class Counter:

@@ -246,6 +246,13 @@ def test_a_call_that_no_kernel_takes_is_refused_with_the_reason():
     assert nk.explain(nk.BatchNorm2d(3), torch.empty(0, 3, 4, 4)).backend == "torch"
 
 
+@pytest.mark.parametrize("norm", [nk.LayerNorm, nk.RMSNorm])
+def test_an_input_of_another_size_is_an_error_without_a_weight_too(norm):
+    layer = norm(96, elementwise_affine=False)
+    with pytest.raises(RuntimeError, match="normalized_shape"):
+        layer(numbers((300, 97), torch.float32))
+
+
 def test_tensors_that_an_address_does_not_tell_all_about_are_left_to_torch():
     """Gaps, another device, a lazy negation: a kernel would read past them in silence."""
     x, channels = numbers((2, 4, 3, 3), torch.float32), torch.arange(8.0)

@@ -65,11 +65,18 @@ def next_to_each_other(x: torch.Tensor) -> bool:
     return x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()])
 
 
-@settings(max_examples=300)
-@given(meetings(), st.sampled_from([torch.float64, torch.float32]), st.booleans(), st.integers(0, 10**6))
+@pytest.mark.parametrize("examples", [300, pytest.param(6000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_any_shape_in_any_memory(backend, meeting, dtype, with_residual, seed):
-    form, case = meeting
+def test_any_shape_in_any_memory(backend, examples):
+    @settings(max_examples=examples)
+    @given(meetings(), st.sampled_from([torch.float64, torch.float32]), st.booleans(), st.integers(0, 10**6))
+    def agrees(meeting, dtype, with_residual, seed):
+        agree_on(backend, *meeting, dtype, with_residual, seed)
+
+    agrees()
+
+
+def agree_on(backend: str, form: Form, case: Case, dtype: torch.dtype, with_residual: bool, seed: int) -> None:
     torch.manual_seed(seed)
     layer, x = form.layer(case, dtype, activation="leaky_relu", backend=backend), case.input(form, dtype)
     assume(not single_values(form, case))

@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 
 import normkit as nk
 from cases import CASES, FORMS
+from normkit.kernels import native
 from normkit.vocabulary.spec import REGISTRY
 from twins import CHANNELS, KEYWORD, LAZY, TRACKING, TWINS, VARIANTS, Twin, assert_same, away_from_one, off_scale, step
 
@@ -36,6 +37,12 @@ def _torchs_operators():
     """Bit for bit is a promise of the torch backend; what the others may differ by is in test_parity.py."""
     with nk.backend("torch"):
         yield
+
+
+@pytest.fixture
+def kernels_for_all_sizes(monkeypatch):
+    """By default small inputs go to torch's operators, and what the kernels say to a wrong one would not show."""
+    monkeypatch.setattr(native, "SMALL", 0)
 
 
 def test_every_norm_says_whether_it_has_a_twin():
@@ -239,7 +246,7 @@ def outcome(call: Callable[[], Tensor]) -> tuple[type[Exception], str] | None:
 @pytest.mark.parametrize("bad", BAD_INPUTS)
 @each_variant
 @pytest.mark.filterwarnings("ignore")  # which warnings there are has its own tests
-def test_a_wrong_input_raises_torchs_exception_with_torchs_sentence(twin, bad):
+def test_a_wrong_input_raises_torchs_exception_with_torchs_sentence(twin, bad, kernels_for_all_sizes):
     ours, torchs = twin.pair()
     x = BAD_INPUTS[bad](twin)
     for training, choice in itertools.product((True, False), CHOICES):
@@ -264,7 +271,7 @@ def test_every_wrong_input_is_refused_by_some_norm(bad):
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("eps", [0.0, -1.0])
 @pytest.mark.parametrize("twin", [t for t in TWINS if hasattr(t.layer(), "eps")], ids=str)
-def test_an_epsilon_that_is_not_positive_is_treated_as_torch_treats_it(twin, eps, choice):
+def test_an_epsilon_that_is_not_positive_is_treated_as_torch_treats_it(twin, eps, choice, kernels_for_all_sizes):
     ours, torchs = twin.pair(eps=eps)
     x = twin.input()
     with nk.backend(choice):

@@ -38,6 +38,8 @@ class Call:
     """The pattern, where it differs from the spec's (channels-first layer norm)."""
     groups: int = 1
     trailing: int = 1
+    sizes: tuple[int, ...] | None = None
+    """Of the axes that carry the weight, where the caller names them: an input that differs is an error."""
     residual: Tensor | None = None
     activation: epilogue.Activation = None
     running_mean: Tensor | None = None

@@ -17,7 +17,6 @@ from normkit.cli.report import show_result
 from normkit.lab.comparison import Result, compare
 from normkit.lab.errors import LabError
 from normkit.lab.knob import parse_value
-from normkit.lab.worker import SETTLED
 from normkit.vocabulary.record import encode
 
 
@@ -95,8 +94,6 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print(f"stopped; nothing is lost. The same command goes on where it was:\n  {command}", file=sys.stderr)
         return 130
-    if all(run["state"] not in SETTLED for run in result.summary["runs"]):
-        raise UserError(_all_failed(result))
     if asked.json:
         show_json(
             encode({"answer": result.answer, "directory": result.directory, "page": result.page} | result.summary)
@@ -124,7 +121,7 @@ def _run(asked: Compare, command: str) -> Result:
             checkpoint_seconds=asked.checkpoint_seconds,
             watcher=watcher,
             command=command,
-            **_options(asked),
+            options=_options(asked),
         )
 
 
@@ -136,13 +133,3 @@ def _options(asked: Compare) -> dict[str, Any]:
             raise UserError(f"--set {item!r}: write key=value, e.g. --set skip=false")
         options[key.strip()] = parse_value(value)
     return options
-
-
-def _all_failed(result: Result) -> str:
-    """What to say when not one run came to an end: there is nothing to compare."""
-    runs = result.summary["runs"]
-    reason = next((run["reason"] for run in runs if run["state"] == "failed"), "unknown")
-    return (
-        f"all {len(runs)} runs failed, the first with: {reason}\n  each traceback is in {result.page} and in the run's "
-        "status.json; correct the model or the data and type the same command again"
-    )

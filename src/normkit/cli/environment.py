@@ -20,6 +20,7 @@ from normkit.cli import arguments
 from normkit.cli.errors import EXTRAS
 from normkit.cli.output import show, show_json
 from normkit.dispatch import BACKENDS
+from normkit.kernels import loading
 
 DISTRIBUTIONS = {"sklearn": "scikit-learn"}
 """Where a module and the package that brings it have different names."""
@@ -102,10 +103,9 @@ def openmp() -> str:
 
 def kernels() -> dict[str, Any]:
     """The backends of this installation, and whether there is a compiler."""
-    compiled = [name for name in BACKENDS if name not in ("torch", "reference")]
     return {
         "backends": list(BACKENDS),
-        "compiled kernels": compiled or "none in this version: torch's own operators run",
+        "compiled kernels": loading.describe(),
         "C++ compiler": compiler(),
     }
 

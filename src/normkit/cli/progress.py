@@ -36,10 +36,10 @@ class Display:
         self.counts.update(cell.arm.name for cell in cells if cell.name in finished)
         self.left = len(cells) - len(finished) + ahead
         seeds, rates = len({cell.seed for cell in cells}), len({cell.lr for cell in cells})
-        many = f"{seeds} seed{'s' * (seeds > 1)}"
-        what = many if phase == FINAL else f"{rates} rates, {many}"
+        many = _count(seeds, "seed")
+        what = many if phase == FINAL else f"{_count(rates, 'rate')}, {many}"
         done = f", {len(finished)} of them finished before" if finished else ""
-        self.say(f"{PHASES[phase]}: {len(cells)} runs ({len(self.totals)} arms, {what}){done}")
+        self.say(f"{PHASES[phase]}: {len(cells)} runs ({_count(len(self.totals), 'arm')}, {what}){done}")
         self.show()
 
     def done(self, cell: Cell, status: Mapping[str, Any]) -> None:
@@ -65,6 +65,10 @@ class Display:
 
     def show(self) -> None:
         """Brings the display up to date."""
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 class Lines(Display):

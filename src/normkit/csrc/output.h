@@ -31,6 +31,7 @@ template <class T> class Output {
 
   private:
     void flush() {
+        if (!filled_) return;
         char* to = reinterpret_cast<char*>(begin_);
         const char* from = reinterpret_cast<const char*>(buffer_);
         size_t left = static_cast<size_t>(filled_) * sizeof(T);

@@ -65,6 +65,7 @@ def plan_for(call: Call) -> Plan | str:
         slope,
         call.groups,
         call.trailing,
+        call.sizes,
         call.batch_statistics,
         call.spec.center,
         None if running is None else (running.dtype, running.shape, running.is_contiguous()),
@@ -87,9 +88,14 @@ def _make(call: Call, activation: str | None, slope: float) -> Plan | str:
     number = torch.float64 if x.dtype == torch.float64 else torch.float32
     if against := _misfit(call, number):
         return against
-    problem = call.problem()
+    try:
+        problem = call.problem()
+    except ValueError as error:  # the shape does not fit the norm: torch says so in its own words
+        return str(error)
     if problem is None:
         return "this norm pools nothing"
+    if call.sizes is not None and tuple(problem.view[axis] for axis in problem.weighted) != call.sizes:
+        return f"the input {problem.shape} does not fit the sizes {call.sizes}"
     if not problem.elements:
         return "the input is empty"
     if call.batch_statistics and problem.values < 2:

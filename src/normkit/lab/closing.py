@@ -11,13 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normkit.lab.data import Split
+from normkit.lab.arm import Arm
+from normkit.lab.data import Data, Split
 from normkit.lab.norm_layer import norms_of
-from normkit.lab.probe import by_unit, untouched_generators
+from normkit.lab.probe import SAMPLES, by_unit, untouched_generators
 
+MEASURES = ("norm_share", "dead_units", "variance_ratio")
 RELUS = (nn.ReLU, nn.ReLU6)
 SHARE_PAIRS, SHARE_SECONDS = 20, 0.5  # steps timed with and without norms: at most this many, for at most this long
 LEAST_PAIRS = 3
+
+
+def measure(model: nn.Module, data: Data, arm: Arm, take_step: Callable[[nn.Module], float]) -> dict[str, Any]:
+    """All of MEASURES; take_step: see `norm_share`."""
+    return {
+        "norm_share": norm_share(model, take_step),
+        "dead_units": dead_units(model, data.test),
+        "variance_ratio": variance_ratios(model, data.validation.first(SAMPLES)[0]) if arm.dropout else None,
+    }
 
 
 @torch.no_grad()

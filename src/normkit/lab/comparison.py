@@ -18,7 +18,7 @@ from normkit.lab.load import Source
 from normkit.lab.parallel import parse_parallel
 from normkit.lab.recipe import BUDGETS, FIRST_SEARCH_SEED, LEAST_RATES, Budget, Recipe, middle
 from normkit.lab.run import Engine, Nobody, Watcher
-from normkit.lab.worker import seeded_data
+from normkit.lab.worker import SETTLED, seeded_data
 
 
 @dataclass(frozen=True)
@@ -54,18 +54,18 @@ def compare(
     checkpoint_seconds: float = 2.0,
     watcher: Watcher | None = None,
     command: str | None = None,
-    **options: Any,
+    options: Mapping[str, Any] | None = None,
 ) -> Result:
     """Trains a network with and without normalization, each arm at its own best learning rate, and analyses the runs.
 
     task: a built-in task, "exp.py:function", "package.module:function", an `Experiment`, or a function that returns
-    one. norms is the shorthand for arms. budget: "quick", "default" or "thorough". options go to the task's function
-    (`depth=20`). The same call again resumes. Raises LabError for whatever cannot be done as asked.
+    one. norms is the shorthand for arms. budget: "quick", "default" or "thorough". options: arguments of the
+    task's function, e.g. {"depth": 20}. The same call again resumes. Raises LabError for what cannot be done as asked.
     """
     if norms is not None and arms is not None:
         raise LabError("norms and arms are both given; norms is the shorthand for arms, give one of them")
     source = _source(task)
-    options |= {"data": str(data)} if data is not None else {}
+    options = dict(options or {}) | ({"data": str(data)} if data is not None else {})
     swept = parse_sweep(sweep) if isinstance(sweep, str) else make_sweep(*sweep) if sweep else None
     experiment = source.load(options)
     chosen = parse_arms(arms if arms is not None else norms if norms is not None else tuple(experiment.arms))
@@ -94,11 +94,17 @@ def compare(
 
 
 def conclude(directory: Path) -> Result:
-    """Analyses a run directory and writes its page."""
+    """Analyses a run directory and writes its page; LabError when not one run came to an end."""
     from normkit import report
     from normkit.lab.analyse import analyse
 
-    analyse(directory)
+    runs = analyse(directory)["runs"]
+    if not any(run["state"] in SETTLED for run in runs):
+        reason = next((run["reason"] for run in runs if run["state"] == "failed"), "unknown")
+        raise LabError(
+            f"all {len(runs)} runs failed, the first with: {reason}. The traceback of each is in the status.json of "
+            f"its cell in {directory / 'cells'}; correct the model or the data and type the same command again"
+        )
     return Result(directory, report.read_summary(directory), report.write(directory))
 
 
@@ -195,5 +201,5 @@ def _check(source: Source, recipe: Recipe, samples: int) -> None:
 def _call(recipe: Recipe) -> str:
     arms = ", ".join(repr(arm.name) for arm in recipe.arms)
     sweep = f", sweep=({recipe.sweep.knob!r}, {list(recipe.sweep.values)})" if recipe.sweep else ""
-    options = "".join(f", {key}={value!r}" for key, value in recipe.options.items())
+    options = f", options={dict(recipe.options)!r}" if recipe.options else ""
     return f"normkit.lab.compare({recipe.task!r}, arms=[{arms}], budget={recipe.budget!r}{sweep}{options})"

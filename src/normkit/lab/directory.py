@@ -90,11 +90,9 @@ def _same_question(directory: Path, recipe: Recipe) -> int:
         content = read_experiment(directory)
     except ValueError as error:
         raise LabError(str(error)) from None
-    asked, found = encode(recipe.question()), encode({key: content.get(key) for key in recipe.question()})
-    found["rates"] = {key: found["rates"][key] for key in asked["rates"]}
-    differences = [
-        f"{key} was {_short(found[key])}, now {_short(asked[key])}" for key in asked if asked[key] != found[key]
-    ]
+    asked = _flat(encode(recipe.question()))
+    found = _flat(encode({key: content.get(key) for key in recipe.question()}))
+    differences = [f"{key} was {found[key]}, now {asked[key]}" for key in asked if asked[key] != found[key]]
     if differences:
         raise LabError(
             f"{directory} holds another experiment: {'; '.join(differences)}. Its results are kept: give another "
@@ -103,6 +101,9 @@ def _same_question(directory: Path, recipe: Recipe) -> int:
     return int(content["environment"]["threads"])
 
 
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 120 else f"{text[:117]}..."
+def _flat(question: dict[str, Any]) -> dict[str, str]:
+    """The parts of a question in words, so that a difference is named by what differs and by nothing else."""
+    flat = {key: str(value) for key, value in question.items() if key not in ("arms", "rates")}
+    flat["arms"] = ", ".join(arm["name"] for arm in question["arms"])
+    flat["optimizer"] = ", ".join(arm["optimizer"] for arm in question["arms"])
+    return flat | {"learning rates": str(question["rates"]["grid"]), "search seeds": str(question["rates"]["seeds"])}

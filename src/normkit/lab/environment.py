@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import normkit
+from normkit.kernels import loading
 from normkit.lab.parallel import Parallel, cores
 
 
@@ -20,6 +21,7 @@ def environment(parallel: Parallel) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "normkit": normkit.__version__,
+        "kernels": loading.module.isa() if loading.module else "torch",
         "platform": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
         "cores": cores(),

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from normkit.lab.errors import LabError, missing_extra, nearest
 
 BACKENDS = ("loky", "dask", "ray")
@@ -22,8 +24,8 @@ class Parallel:
 
     @property
     def threads(self) -> int:
-        """Threads per cell, so that cells do not fight for cores."""
-        return max(1, cores() // self.workers)
+        """Threads per cell, so that cells do not fight for cores; never more than OMP_NUM_THREADS or torch was told."""
+        return max(1, min(cores() // self.workers, torch.get_num_threads()))
 
 
 def cores() -> int:

@@ -17,7 +17,6 @@ from normkit.lab.parallel import Parallel, pool
 from normkit.lab.recipe import Recipe, chosen_key
 from normkit.lab.search import best_rate, choose, extend
 from normkit.lab.worker import SETTLED, failure, run_cell
-from normkit.vocabulary.record import read_json
 
 
 class Watcher(Protocol):
@@ -124,7 +123,7 @@ class Engine:
     ) -> None:
         """A worker process died: what was running goes again, one by one; what kills its process twice has failed."""
         for cell in cells:
-            statuses[cell.name] = read_json(self.directory / "cells" / cell.name / "status.json")
+            statuses[cell.name] = prepare_cell(self.directory, cell)
         for suspect in [cell for cell in cells if statuses[cell.name]["state"] == "running"]:
             try:
                 self._round(call, [suspect], statuses)
@@ -134,7 +133,7 @@ class Engine:
                     "process are on the terminal)",
                     str(error),
                 )
-                statuses[suspect.name] |= died
+                statuses[suspect.name] = prepare_cell(self.directory, suspect) | died
                 write_status(self.directory, suspect, statuses[suspect.name])
                 self.watcher.done(suspect, statuses[suspect.name])
 

@@ -220,31 +220,26 @@ class Run:
             "best_validation": state.best_validation,
             "test": None,
             "ms_per_step": 1e3 * statistics.median(state.step_seconds),
-            "norm_share": None,
             "parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
-            "dead_units": None,
-            "variance_ratio": None,
             "initial_weights": self.initial_weights,
+            **dict.fromkeys(closing.MEASURES),
         }
-        if self.cell.phase != FINAL:
-            return measured
-        measured["test"] = self._evaluate(self.data.test)[0]
-        measured["norm_share"] = self._norm_share()
-        measured["dead_units"] = closing.dead_units(self.model, self.data.test)
-        if self.cell.trained_arm.dropout:
-            measured["variance_ratio"] = closing.variance_ratios(self.model, self.data.validation.first(SAMPLES)[0])
+        if self.cell.phase == FINAL:
+            measured["test"] = self._evaluate(self.data.test)[0]
+            measured |= closing.measure(self.model, self.data, self.cell.trained_arm, self._extra_step())
         return measured
 
-    def _norm_share(self) -> float:
+    def _extra_step(self) -> Callable[[nn.Module], float]:
+        """A function that takes one more step with a copy of the model, at rate 0, and returns its seconds."""
         inputs, targets = self.data.train.take(self.order.batch(0))
         optimizers: dict[int, torch.optim.Optimizer] = {}
 
         def take_step(model: nn.Module) -> float:
-            if id(model) not in optimizers:  # rate 0: the weights stay, so the steps stay alike
+            if id(model) not in optimizers:
                 optimizers[id(model)] = build_optimizer(self.experiment, self.cell.trained_arm, model, 0.0)
             return self._take_step(model, optimizers[id(model)], inputs, targets)[1]
 
-        return closing.norm_share(self.model, take_step)
+        return take_step
 
 
 def train(

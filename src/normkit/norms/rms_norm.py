@@ -82,6 +82,7 @@ def rms_norm(
         by_torch=by_torch,
         over="n [c] s..." if channels_first else None,
         trailing=len(normalized_shape),
+        sizes=tuple(normalized_shape),
         eps=eps,
         residual=residual,
         activation=activation,

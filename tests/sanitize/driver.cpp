@@ -1,0 +1,157 @@
+// Runs the kernels on random cases under the address and undefined-behaviour sanitizers, and checks the numbers against
+// sums written out in double. Every buffer has exactly the size it must have, so that one element too far is an error.
+// `make sanitize` builds and runs it; there is no Python in the process.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "work.h"
+
+using namespace normkit;
+
+namespace {
+
+std::mt19937_64 random_bits(20240917);
+int64_t pick(int64_t low, int64_t high) { return low + static_cast<int64_t>(random_bits() % (high - low + 1)); }
+double normal() { return std::normal_distribution<double>()(random_bits); }
+
+size_t size_of(Type type) { return type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2; }
+
+// Exactly n numbers of a type; only float and double are looked into, narrow types are filled with finite bits.
+struct Buffer {
+    Buffer(Type type, int64_t n) : type(type), n(n), bytes(new char[static_cast<size_t>(n) * size_of(type)]) {}
+    void fill(double scale, double offset) {
+        for (int64_t i = 0; i < n; ++i) set(i, normal() * scale + offset);
+    }
+    void set(int64_t i, double value) {
+        if (type == Type::f64) reinterpret_cast<double*>(bytes.get())[i] = value;
+        if (type == Type::f32) reinterpret_cast<float*>(bytes.get())[i] = static_cast<float>(value);
+        // bf16: 0x3f80 is 1; f16: 0x3c00 is 1. Some mantissa bits and a sign make them differ.
+        if (size_of(type) == 2)
+            reinterpret_cast<uint16_t*>(bytes.get())[i] =
+                static_cast<uint16_t>((type == Type::bf16 ? 0x3f80 : 0x3c00) | (random_bits() & 0x803f));
+    }
+    double get(int64_t i) const {
+        return type == Type::f64 ? reinterpret_cast<double*>(bytes.get())[i] : reinterpret_cast<float*>(bytes.get())[i];
+    }
+    Type type;
+    int64_t n;
+    std::unique_ptr<char[]> bytes;
+};
+
+// Which statistic and which weight belong to an element, from its place in memory.
+struct Place {
+    int64_t statistic, channel;
+};
+Place place(const Work& w, int64_t i) {
+    if (w.shape == Shape::rows) return {i / w.c, i / w.c % (w.groups > 1 ? w.groups : 1) * w.c + i % w.c};
+    const int64_t sample = i / (w.c * w.s), rest = i % (w.c * w.s);
+    const int64_t c = w.shape == Shape::columns ? rest % w.c : rest / w.s;
+    if (w.shape == Shape::tiles) return {sample * w.s + rest % w.s, c};
+    return {w.groups ? sample * w.groups + c / (w.c / w.groups) : c, c};
+}
+
+void expect(double got, double wanted, double scale, const char* what, const Work& w) {
+    const double tolerance = (w.type == Type::f64 ? 1e-10 : 2e-4) * (1 + scale);
+    if (std::fabs(got - wanted) <= tolerance) return;
+    std::fprintf(stderr, "%s: %g instead of %g (shape %d, n %ld, c %ld, s %ld, groups %ld, activation %d)\n", what, got,
+                 wanted, static_cast<int>(w.shape), static_cast<long>(w.n), static_cast<long>(w.c),
+                 static_cast<long>(w.s), static_cast<long>(w.groups), static_cast<int>(w.activation));
+    std::exit(1);
+}
+
+void run(const Work& w, int threads, bool stream) {
+    const int64_t elements = w.elements(), statistics = w.statistics();
+    const int64_t channels = w.shape == Shape::rows && w.groups > 1 ? w.c * w.groups : w.c;
+    const Type number = w.type == Type::f64 ? Type::f64 : Type::f32;
+    Buffer x(w.type, elements), dy(w.type, elements), residual(w.type, elements), y(w.type, elements);
+    Buffer dx(w.type, elements), dr(w.type, elements), weight(w.weight_type, channels), bias(w.weight_type, channels);
+    Buffer dweight(w.weight_type, channels), dbias(w.weight_type, channels);
+    Buffer mean(number, statistics), rstd(number, statistics);
+    std::unique_ptr<uint8_t[]> bits(new uint8_t[static_cast<size_t>(bits_needed(w)) + 1]);
+    x.fill(3, 2), dy.fill(1, 0), residual.fill(2, -1), weight.fill(0.3, 1), bias.fill(1, 0.5);
+    if (!w.batch) mean.fill(1, 2), rstd.fill(0.01, 0.4);
+
+    Forward f{};
+    f.x = x.bytes.get(), f.residual = w.residual ? residual.bytes.get() : nullptr;
+    f.weight = weight.bytes.get(), f.bias = bias.bytes.get(), f.y = y.bytes.get();
+    f.bits = bits_needed(w) ? bits.get() : nullptr;
+    f.mean = mean.bytes.get(), f.rstd = rstd.bytes.get();
+    f.eps = 1e-5, f.steps = fused, f.threads = threads, f.stream = stream;
+    forward(w, f);
+
+    Backward b{};
+    b.x = f.x, b.dy = dy.bytes.get(), b.weight = f.weight, b.bias = f.bias, b.mean = f.mean, b.rstd = f.rstd;
+    b.residual = f.bits ? nullptr : f.residual, b.bits = f.bits;
+    b.dx = dx.bytes.get(), b.dresidual = w.residual ? dr.bytes.get() : nullptr;
+    b.dweight = dweight.bytes.get(), b.dbias = dbias.bytes.get();
+    b.count = static_cast<double>(w.values()), b.steps = fused, b.threads = threads, b.stream = stream;
+    backward(w, b);
+
+    if (size_of(w.type) == 2 || size_of(w.weight_type) == 2) return;  // the sanitizers have seen it; parity is tested elsewhere
+    if (w.activation != Activation::none && w.activation != Activation::relu) return;
+    std::vector<double> sum(statistics), square(statistics), count(statistics), a(statistics), c(statistics);
+    for (int64_t i = 0; i < elements; ++i) sum[place(w, i).statistic] += x.get(i), ++count[place(w, i).statistic];
+    for (int64_t u = 0; u < statistics; ++u) sum[u] = !w.batch ? mean.get(u) : w.center ? sum[u] / count[u] : 0;
+    for (int64_t i = 0; i < elements; ++i) {
+        const int64_t u = place(w, i).statistic;
+        square[u] += (x.get(i) - sum[u]) * (x.get(i) - sum[u]);
+    }
+    for (int64_t u = 0; u < statistics; ++u)
+        square[u] = w.batch ? 1 / std::sqrt(square[u] / count[u] + f.eps) : rstd.get(u);
+    std::vector<double> dz(elements), dw(channels), db(channels);
+    for (int64_t i = 0; i < elements; ++i) {
+        const Place p = place(w, i);
+        const double hat = (x.get(i) - sum[p.statistic]) * square[p.statistic];
+        const double z = hat * weight.get(p.channel) + bias.get(p.channel) + (w.residual ? residual.get(i) : 0);
+        const bool kept = w.activation == Activation::none || y.get(i) > 0;  // its own sign: near zero both are right
+        expect(y.get(i), w.activation == Activation::relu && z < 0 ? 0 : z, std::fabs(z), "output", w);
+        dz[i] = kept ? dy.get(i) : 0;
+        dw[p.channel] += dz[i] * hat, db[p.channel] += dz[i];
+        a[p.statistic] += dz[i] * weight.get(p.channel), c[p.statistic] += dz[i] * weight.get(p.channel) * hat;
+    }
+    for (int64_t i = 0; i < channels; ++i) {
+        expect(dweight.get(i), dw[i], std::fabs(dw[i]), "gradient of weight", w);
+        expect(dbias.get(i), db[i], std::fabs(db[i]), "gradient of bias", w);
+    }
+    for (int64_t i = 0; i < elements; ++i) {
+        const Place p = place(w, i);
+        const int64_t u = p.statistic;
+        const double hat = (x.get(i) - sum[u]) * square[u], own = dz[i] * weight.get(p.channel);
+        const double shared = w.batch ? (w.center ? a[u] / count[u] : 0) + hat * c[u] / count[u] : 0;
+        expect(dx.get(i), (own - shared) * square[u], 10 * square[u], "gradient of input", w);
+        if (w.residual && w.activation != Activation::none) expect(dr.get(i), dz[i], 1, "gradient of residual", w);
+    }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    const int cases = argc > 1 ? std::atoi(argv[1]) : 2000;
+    for (int i = 0; i < cases; ++i) {
+        Work w{};
+        w.shape = static_cast<Shape>(pick(0, 3));
+        w.type = static_cast<Type>(pick(0, 3));
+        w.weight_type = pick(0, 1) || w.type == Type::f64 ? w.type : Type::f32;
+        w.activation = static_cast<Activation>(pick(0, 5));
+        w.slope = 0.1, w.residual = pick(0, 1), w.batch = true, w.center = true;
+        const bool large = pick(0, 15) == 0;
+        w.n = pick(1, 6), w.c = pick(1, 40), w.s = pick(2, large ? 3000 : 60);
+        switch (w.shape) {
+            case Shape::rows:
+                w.s = 1, w.c = pick(2, large ? 5000 : 90), w.groups = pick(1, 3), w.n *= w.groups;
+                w.center = pick(0, 1);
+                break;
+            case Shape::tiles: w.c = pick(2, 40), w.center = pick(0, 1); break;
+            default:
+                w.batch = pick(0, 3) != 0;
+                if (w.batch && pick(0, 1)) w.groups = pick(1, 4), w.c = w.groups * pick(1, 8);
+        }
+        run(w, static_cast<int>(pick(1, 3)), pick(0, 1));
+    }
+    std::printf("%d random cases: no complaint\n", cases);
+    return 0;
+}
