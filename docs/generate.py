@@ -1,4 +1,4 @@
-"""Writes docs/norms.md, and the table of norms in README.md, from the registry, the laws and the docstrings.
+"""Writes docs/norms.md, and the norms and results in README.md, from the registry, the docstrings and the records.
 
 python docs/generate.py            write both
 python docs/generate.py --check    exit 1, with a sentence, if one of them is not what would be written
@@ -7,6 +7,7 @@ python docs/generate.py --check    exit 1, with a sentence, if one of them is no
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import sys
 from collections.abc import Iterable
@@ -14,14 +15,19 @@ from pathlib import Path
 
 import normkit as nk
 from normkit.laws import LAWS
+from normkit.report.words import verdict
 from normkit.vocabulary.spec import REGISTRY, Family, Spec
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = "python docs/generate.py"
-BEGIN, END = "<!-- norms:begin -->", "<!-- norms:end -->"
+NORMS, RESULTS = "norms", "results"
+"""What README.md has marks for: ``<!-- norms:begin -->`` and ``<!-- norms:end -->``."""
 HOLDS, BROKEN = "✓", ""
 RESTORES = "restores"
 """The one law that is not about a change of the input."""
+RECORDS = Path("records") / "compare"
+TASKS = ("digits", "digits-relu", "digits-cnn")
+"""In the order of the README."""
 
 
 def families() -> list[Family]:
@@ -146,13 +152,41 @@ def norms_page() -> str:
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
+def results(root: Path) -> str:
+    """One paragraph per committed record: the task, the answer, the command that makes it again, the page."""
+    parts = []
+    for task in TASKS:
+        directory = root / RECORDS / task
+        if not (directory / "summary.json").exists():
+            continue
+        summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
+        experiment = summary["experiment"]
+        where, made = RECORDS / task, experiment["environment"]
+        parts.append(
+            f"**{experiment['title']}** ({len(experiment['seeds'])} paired seeds, {made['processor']}, "
+            f"{made['cores']} cores, torch {made['torch']}). {verdict(summary)}\n\n"
+            f"`{experiment['command']}` · [the page]({where}/report.md) · "
+            f"[the numbers]({where}/summary.json)"
+        )
+        if (directory / "picture.svg").exists():
+            parts.append(f"![Learning curves and learning-rate sensitivity: {task}]({where}/picture.svg)")
+    return "\n\n".join(parts)
+
+
+def between_marks(text: str, name: str, content: str) -> str:
+    """``text`` with ``content`` between the two marks of that name."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise SystemExit(f"README.md has no {begin} ... {end}: there is no place for the {name}.")
+    return f"{before}{begin}\n{content}\n{end}{after}"
+
+
 def readme(text: str) -> str:
-    """``text`` with the table of norms between the two marks."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"README.md has no {BEGIN} ... {END}: there is no place for the table of norms.")
-    return f"{before}{begin}\n{law_table('docs/norms.md')}\n{end}{after}"
+    """``text`` with the table of norms and the results of the committed records between their marks."""
+    text = between_marks(text, NORMS, law_table("docs/norms.md"))
+    return between_marks(text, RESULTS, results(ROOT))
 
 
 def pages() -> dict[Path, str]:
