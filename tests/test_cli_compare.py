@@ -157,6 +157,16 @@ def test_the_example_of_the_guide_runs(tmp_path, capsys):
     assert read_experiment(tmp_path / "a")["options"] == {"turns": 0.5}
 
 
+def test_the_experiment_in_the_guide_runs_as_it_is_printed(tmp_path, capsys):
+    guide = (PATH.parents[1] / "docs" / "compare.md").read_text()
+    (source,) = [block for block in guide.split("```python\n") if block.startswith("# exp.py")]
+    (tmp_path / "exp.py").write_text(source.split("```")[0])
+    words = [f"{tmp_path / 'exp.py'}:experiment", "--quick", "--seeds", "1", "--set", "steps=20", "--parallel", "1"]
+    assert typed(*words, "--arms", "none, batch+dropout:0.1", "--out", str(tmp_path / "a")) == 0
+    assert capsys.readouterr().out.startswith("quick look, not evidence")
+    assert {cell.state for cell in read_cells(tmp_path / "a")} <= {"done", "diverged"}
+
+
 def test_a_persons_own_data_from_the_command_line(tmp_path, capsys):
     x = np.random.default_rng(0).random((120, 5))
     np.savez(tmp_path / "mine.npz", x=x, y=(x.sum(1) > 2.5).astype(int))

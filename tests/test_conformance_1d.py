@@ -292,6 +292,44 @@ def test_lazy_layers_take_their_channels_from_a_checkpoint():
         assert layer.num_features == CHANNELS
 
 
+# Row 28: a batch of one, whose sample axis may have any stride.
+
+
+def gradient(layer: nn.Module, x: Tensor, upstream: Tensor) -> Tensor:
+    x = x.detach().requires_grad_()
+    return torch.autograd.grad(layer(x), x, upstream)[0]
+
+
+def odd(x: Tensor) -> Tensor:
+    """The same numbers channels-last, with a stride of 1 along the axis of size 1."""
+    n, c, h, w = x.shape
+    assert n == 1
+    return torch.empty(x.numel()).as_strided(x.shape, (1, 1, w * c, c)).copy_(x)
+
+
+def test_torch_batch_norm_has_a_wrong_gradient_for_a_batch_of_one_with_an_odd_stride():
+    x, upstream = off_scale((1, CHANNELS, 5, 4), 1), torch.randn(1, CHANNELS, 5, 4)
+    layer = nn.BatchNorm2d(CHANNELS)
+    right = gradient(layer, x, upstream)
+    for wrong in (gradient(layer, odd(x), upstream), gradient(layer, x, odd(upstream))):
+        assert (wrong - right).abs().max() > 0.1 * right.abs().max()
+
+
+@pytest.mark.parametrize("name", nk.list_norms())
+def test_the_gradient_of_a_batch_of_one_does_not_depend_on_a_stride_that_means_nothing(name):
+    """Another kernel, another order of summation: an error per element, of numbers as large as the largest."""
+    x, upstream = off_scale((1, CHANNELS, 5, 4), 1), torch.randn(1, CHANNELS, 5, 4)
+    layer = nk.create(f"{name}:3" if name == "group_norm" else name, CHANNELS)
+    right = gradient(layer, x, upstream)
+    bound = x.numel() * torch.finfo(x.dtype).eps * right.abs().max()
+    for got in (
+        gradient(layer, odd(x), upstream),
+        gradient(layer, x, odd(upstream)),
+        gradient(layer, odd(x), odd(upstream)),
+    ):
+        assert ((got - right).abs() <= bound).all()
+
+
 # The page.
 
 
@@ -301,7 +339,7 @@ def rows() -> dict[str, list[str]]:
 
 
 def test_the_page_names_every_row_once_and_what_becomes_of_it():
-    assert sorted(map(int, rows())) == list(range(1, 28))
+    assert sorted(map(int, rows())) == list(range(1, 29))
     for cells in rows().values():
         assert cells[1] in ("yes", "no", "not run here")
         assert cells[2].split(":")[0] in ("same as torch", "differs", "open")
@@ -310,7 +348,7 @@ def test_the_page_names_every_row_once_and_what_becomes_of_it():
 def test_the_rows_shown_here_are_those_the_page_says_are():
     source = Path(__file__).read_text()
     shown = {number for number in rows() if f"# Row {number}:" in source}
-    assert shown == {"13", "14", "15", "16", "20", "21", "22", "23", "24", "25", "26"}
+    assert shown == {"13", "14", "15", "16", "20", "21", "22", "23", "24", "25", "26", "28"}
     for number in shown:
         assert rows()[number][1] == "yes"
         assert not rows()[number][2].startswith("open")

@@ -69,12 +69,12 @@ def test_the_constructor_and_checkpoints_leave_them_in_float32(twin, dtype):
     layer = twin.layer(dtype=dtype)
     checkpoint = twin.torchs(*twin.required(), dtype=dtype, **twin.options).state_dict()
     checkpoint["running_mean"] += 0.1
-    for assign in (False, True):
-        for name in ("running_mean", "running_var"):
-            assert getattr(layer, name).dtype == torch.float32
+    for assign in (None, False, True):
+        if assign is not None:
+            layer.load_state_dict(checkpoint, assign=assign)
+            assert layer.running_mean.equal(checkpoint["running_mean"].float())
+        assert layer.running_mean.dtype == layer.running_var.dtype == torch.float32
         assert all(parameter.dtype == dtype for parameter in layer.parameters())
-        layer.load_state_dict(checkpoint, assign=assign)
-        assert layer.running_mean.equal(checkpoint["running_mean"].float())
     meta = twin.layer(device="meta", dtype=dtype).to_empty(device="cpu")
     assert meta.running_var.dtype == torch.float32
 

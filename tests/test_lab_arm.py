@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from normkit.lab import LabError
 from normkit.lab.arm import Arm, parse_arm, parse_arms
@@ -117,13 +118,19 @@ def test_a_sweep_knows_whose_knob_it_turns():
     assert [parse_value(word) for word in ("3", "0.5", "true", "rows")] == [3, 0.5, True, "rows"]
 
 
+def test_threads_divide_the_cores_and_never_exceed_what_torch_was_told(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 10**6)
+    assert Parallel("sequential", 1).threads == cores()
+    assert Parallel("loky", cores()).threads == Parallel("loky", 3 * cores()).threads == 1
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert Parallel("sequential", 1).threads == 1
+
+
 def test_parallel_names_a_backend_and_a_number_of_workers():
     assert parse_parallel("loky") == Parallel("loky" if cores() > 1 else "sequential", cores())
     assert parse_parallel("1") == Parallel("sequential", 1)
     assert parse_parallel("3") == parse_parallel("loky:3") == Parallel("loky", 3)
     assert parse_parallel("dask:4") == Parallel("dask", 4)
-    assert Parallel("loky", 2 * cores()).threads == 1
-    assert Parallel("sequential", 1).threads == cores()
     for wrong in ("lokky", "0", "loky:0", "loky:x", "mpi"):
         with pytest.raises(LabError, match="--parallel"):
             parse_parallel(wrong)

@@ -221,6 +221,17 @@ def test_switching_tracking_off_later_means_what_it_means_in_torch(twin):
         assert_same(step(ours, x, upstream), step(torchs, x, upstream))
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
+@each_tracking
+def test_a_layer_that_has_lost_its_counter_does_what_torchs_does(twin, momentum):
+    ours, torchs = twin.pair(momentum=momentum)
+    for layer in (ours, torchs):
+        layer.num_batches_tracked = None
+    x, upstream = twin.input(), torch.randn(twin.shape())
+    assert_same(step(ours, x, upstream), step(torchs, x, upstream))
+    assert ours.running_mean.equal(torch.zeros(CHANNELS)) == (momentum is None)
+
+
 BAD_INPUTS: dict[str, Callable[[Twin], Tensor]] = {
     "one axis too few": lambda twin: twin.input()[0, 0],
     "two axes too many": lambda twin: twin.input()[None, None],

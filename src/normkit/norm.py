@@ -138,3 +138,17 @@ def over_channels(x: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
     """Apply a norm of the last axis to axis 1; the output has the memory format of ``x``."""
     y = norm(x.movedim(1, -1)).movedim(-1, 1)
     return y.contiguous() if x.is_contiguous() else y
+
+
+def unambiguous(y: Tensor) -> Tensor:
+    """``y``, whose gradient goes on in the layout of ``y``.
+
+    Axes of size 1 may have any stride, and with some a channels-last gradient passes for a channels-first one: torch's
+    batch norm on the CPU then reads it in the wrong order. Behind a view, that is every channels-last batch of one.
+    """
+    if y.dim() < 4 or 1 not in y.shape or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return y
+    if y.is_contiguous():
+        return y.view(-1).view(y.shape)
+    rows = y.movedim(1, -1)
+    return rows.reshape(-1).view(rows.shape).movedim(-1, 1)

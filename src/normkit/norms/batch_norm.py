@@ -11,7 +11,7 @@ from torch.fx import Proxy
 
 from normkit.dispatch import normalize
 from normkit.epilogue import Activation
-from normkit.norm import Norm, traced_as_call
+from normkit.norm import Norm, traced_as_call, unambiguous
 from normkit.statistics.running import LazyFeatures, RunningStatistics, as_statistics, commit
 from normkit.vocabulary.spec import Spec
 
@@ -117,8 +117,8 @@ def _call(
         x,
         weight,
         bias,
-        by_torch=lambda: F.batch_norm(
-            x, running_mean, running_var, weight, bias, training, momentum, eps=details["eps"]
+        by_torch=lambda: unambiguous(
+            F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps=details["eps"])
         ),
         running_mean=running_mean,
         running_var=running_var,

@@ -11,7 +11,7 @@ from torch.fx import Proxy
 
 from normkit.dispatch import normalize
 from normkit.epilogue import Activation
-from normkit.norm import Norm, traced_as_call
+from normkit.norm import Norm, traced_as_call, unambiguous
 from normkit.statistics.running import LazyFeatures, RunningStatistics, as_statistics, commit
 from normkit.vocabulary.spec import Spec
 
@@ -115,7 +115,7 @@ def _call(
         if not x.numel():  # torch's instance norm cannot take an empty batch; batch norm can, and gradients are 0
             return F.batch_norm(x, None, None, weight, bias, True, 0.0, details["eps"])
         y = F.instance_norm(x, running_mean, running_var, weight, bias, use_input_stats, momentum, details["eps"])
-        return _like(y, x)
+        return _like(unambiguous(y), x)
 
     return normalize(
         SPEC,
