@@ -302,9 +302,9 @@ def gradient(layer: nn.Module, x: Tensor, upstream: Tensor) -> Tensor:
 
 def odd(x: Tensor) -> Tensor:
     """The same numbers channels-last, with a stride of 1 along the axis of size 1."""
-    n, c, h, w = x.shape
-    assert n == 1
-    return torch.empty(x.numel()).as_strided(x.shape, (1, 1, w * c, c)).copy_(x)
+    samples, channels, _, width = x.shape
+    assert samples == 1
+    return torch.empty(x.numel()).as_strided(x.shape, (1, 1, width * channels, channels)).copy_(x)
 
 
 def test_torch_batch_norm_has_a_wrong_gradient_for_a_batch_of_one_with_an_odd_stride():

@@ -6,10 +6,12 @@ import json
 import subprocess
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import joblib
 import pytest
+import torch
 from joblib._parallel_backends import ThreadingBackend
 
 from kills import slow
@@ -308,8 +310,43 @@ def test_a_file_that_cannot_be_read_is_named_with_its_line(tmp_path, source, wor
 
 
 @pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"steps": 0}, "steps=0; give a whole number from 1"),
+        ({"eval_every": 2.5}, "eval_every=2.5; give a whole number"),
+        ({"model": torch.nn.Linear(6, 2), "name": "mine"}, None),
+        ({"model": "resnet"}, "model is str; give a function"),
+        ({"metric": len}, "metric is builtin_function_or_method; give a normkit.lab.Metric"),
+        ({"optimizer": "adam"}, "unknown optimizer 'adam'; did you mean 'adamw'"),
+    ],
+)
+def test_an_experiment_that_makes_no_sense_is_refused_when_it_is_made(changes, words):
+    if words is None:
+        assert replace(tiny(), **changes).name == "mine"  # any callable may build
+        return
+    with pytest.raises(LabError, match=words):
+        replace(tiny(), **changes)
+
+
+@pytest.mark.usefixtures("no_page")
+def test_another_network_under_the_same_name_is_another_question(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first = quick(None, task=replace(tiny(), name="a name / with signs"))
+    assert first.parent == Path("runs")
+    assert first.name.startswith("a-name-with-signs-")
+    source = "from small_experiments import tiny\ndef model(norm_layer):\n    return tiny().model(norm_layer)\n"
+    (tmp_path / "other.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    import other
+
+    with pytest.raises(LabError, match="code was"):
+        quick(first, task=replace(tiny(), name="a name / with signs", model=other.model))
+
+
+@pytest.mark.parametrize(
     ("options", "words"),
     [
+        ({"options": {"width": [3]}}, r"option width=\[3\]: give a number"),
         ({"budget": "slow"}, "unknown budget 'slow'; choose quick, default, thorough"),
         ({"arms": "none", "norms": "none"}, "norms and arms are both given"),
         ({"options": {"colour": 3}}, "takes no option 'colour'"),

@@ -32,7 +32,10 @@ def setting(form: Form, case: Case) -> tuple[torch.nn.Module, torch.Tensor]:
 
 
 def rounding(form: Form, case: Case) -> float:
-    """The deviation that rounding explains: scaled and shifted inputs are up to 3 times as large, and 3 off."""
+    """The deviation that rounding explains: scaled and shifted inputs are up to 3 times as large, and 3 off.
+
+    Some hundred roundings, as in sums over some hundred values, each of them amplified as the oracle says.
+    """
     layer, x = setting(form, case)
     truth = Truth(layer, x)
     largest = 3 * x.abs().max() + 3

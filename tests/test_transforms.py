@@ -39,11 +39,17 @@ TRANSFORMS: dict[str, Callable[[Apply, State, State, Tensor], Any]] = {
     "grad": lambda f, p, b, x: grad(lambda p, x: (f(p, b, x) * weights(x)).sum(), argnums=(0, 1))(p, x),
     "vmap": lambda f, p, b, x: vmap(lambda x: f(p, b, x), in_dims=-1)(many(x)),
     "vmap over grad": lambda f, p, b, x: vmap(grad(lambda x: (f(p, b, x) * weights(x)).sum()), in_dims=-1)(many(x)),
+    "vmap over grad, sample by sample": lambda f, p, b, x: vmap(grad(lambda p, x: one(f, p, b, x)), (None, 0))(p, x),
     "jacrev": lambda f, p, b, x: jacrev(lambda x: f(p, b, x).flatten()[:3])(x),
     "jacfwd": lambda f, p, b, x: jacfwd(lambda t: f(p, b, x * t))(torch.tensor(1.5)),
     "jvp": lambda f, p, b, x: jvp(lambda p, x: f(p, b, x), (p, x), (p, weights(x))),
     "hessian": lambda f, p, b, x: jacfwd(grad(lambda t: (f(p, b, x * t) * weights(x)).sum()))(torch.tensor(1.5)),
 }
+
+
+def one(f: Apply, p: State, b: State, x: Tensor) -> Tensor:
+    """The loss of a single sample, as gradients per sample are asked for."""
+    return (f(p, b, x[None]) * weights(x)).sum()
 
 
 def weights(x: Tensor) -> Tensor:

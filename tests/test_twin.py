@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -76,6 +77,16 @@ def test_the_constructor_has_torchs_order_names_and_defaults(twin):
     for name, parameter in torchs.items():
         assert ours[name].default == parameter.default
     assert {"activation", "backend"} <= {p.name for p in ours.values() if p.kind is KEYWORD}
+
+
+@pytest.mark.parametrize("name", sorted({twin.spec.name for twin in TWINS} & {*dir(F)}))
+def test_the_functional_form_has_torchs_order_names_and_defaults(name):
+    """But for the first argument, which is x here and input there."""
+    ours, torchs = (inspect.signature(getattr(module, name)).parameters.values() for module in (nk.functional, F))
+    positional = [(p.name, p.default) for p in ours if p.kind is not KEYWORD]
+    assert positional[1:] == [(p.name, p.default) for p in torchs][1:]
+    assert {"activation", "residual", "backend"} <= {p.name for p in ours if p.kind is KEYWORD}
+    assert (positional[0][0], next(iter(torchs)).name) == ("x", "input")
 
 
 @pytest.mark.parametrize("twin", [t for t in TWINS if t.spec.name not in ("rms_norm", "identity")], ids=str)

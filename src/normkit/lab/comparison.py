@@ -14,7 +14,7 @@ from normkit.lab.directory import default_directory, open_directory
 from normkit.lab.errors import LabError
 from normkit.lab.experiment import Experiment
 from normkit.lab.knob import Sweep, make_sweep, parse_sweep
-from normkit.lab.load import Source
+from normkit.lab.load import InMemory, Source
 from normkit.lab.parallel import parse_parallel
 from normkit.lab.recipe import BUDGETS, FIRST_SEARCH_SEED, LEAST_RATES, Budget, Recipe, middle
 from normkit.lab.run import Engine, Nobody, Watcher
@@ -152,18 +152,8 @@ def _source(task: str | Experiment | Callable[..., Experiment]) -> Source:
     if isinstance(task, str):
         return Source(task)
     if isinstance(task, Experiment):
-        return Source(task.name, _Held(task))
+        return Source(task.name, InMemory(task))
     return Source(getattr(task, "__name__", "experiment"), task)
-
-
-@dataclass(frozen=True, eq=False)
-class _Held:
-    """A function without options that returns an experiment which exists already."""
-
-    experiment: Experiment
-
-    def __call__(self) -> Experiment:
-        return self.experiment
 
 
 def _budget(name: str) -> Budget:

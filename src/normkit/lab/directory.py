@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,7 +19,7 @@ from normkit.vocabulary.record import SCHEMA, encode, read_experiment, read_json
 
 def default_directory(recipe: Recipe) -> Path:
     """runs/<name>-<hash>: another question has another hash, so it never meets old results."""
-    return Path("runs") / f"{recipe.name}-{recipe.hash}"
+    return Path("runs") / f"{re.sub(r'[^A-Za-z0-9.]+', '-', recipe.name)}-{recipe.hash}"
 
 
 def open_directory(

@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from normkit.lab.arm import Arm
+from normkit.lab.arm import OPTIMIZERS, Arm
 from normkit.lab.data import Data
+from normkit.lab.errors import LabError, nearest
 
 # Half-decade steps, wide enough that the best rate of SGD with and without a norm lies inside (docs/compare.md).
 SGD_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
@@ -62,7 +63,7 @@ class Experiment:
         a map-style dataset, or a `DataLoader`, of which the dataset and `collate_fn` are used: the order of the
         samples is the lab's, so that every arm sees the same batches.
     target: the value of the metric on validation data that ends the race: a constant, fixed before any result.
-    loss, metric: functions of outputs and targets; `metric` may be a `Metric`.
+    loss: a function of outputs and targets; metric: a `Metric`, of all outputs and targets of a split together.
     arms: the arms compared when the command names none; baseline: the arm ratios are taken against (default: the
         arm without a norm, or the first).
     optimizer: of the arms that name none. rates: the learning-rate grid, at least 7 log-spaced values.
@@ -91,3 +92,21 @@ class Experiment:
     dim: int = 1
     initial: Callable[..., None] | None = None
     between_steps: Sequence[Callable[..., None]] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "quick_steps", "eval_every", "batch_size"):
+            number = getattr(self, name)
+            if number is not None and (not isinstance(number, int) or number < 1):
+                raise LabError(f"Experiment {self.name}: {name}={number!r}; give a whole number from 1")
+        if not callable(self.model):
+            raise LabError(
+                f"Experiment {self.name}: model is {type(self.model).__name__}; give a function model(norm_layer) that "
+                "builds the network"
+            )
+        if not isinstance(self.metric, Metric):
+            raise LabError(f"Experiment {self.name}: metric is {type(self.metric).__name__}; give a normkit.lab.Metric")
+        if self.optimizer not in OPTIMIZERS:
+            raise LabError(
+                f"Experiment {self.name}: unknown optimizer {self.optimizer!r}{nearest(self.optimizer, OPTIMIZERS)} "
+                f"(known: {', '.join(OPTIMIZERS)})"
+            )

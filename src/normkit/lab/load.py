@@ -20,6 +20,16 @@ from normkit.lab.experiment import Experiment
 from normkit.lab.tasks import TASKS
 
 
+@dataclass(frozen=True, eq=False)
+class InMemory:
+    """A function without options that returns an experiment which exists already."""
+
+    experiment: Experiment
+
+    def __call__(self) -> Experiment:
+        return self.experiment
+
+
 @dataclass(frozen=True)
 class Source:
     """Where an experiment comes from; small and picklable, so that every worker loads it for itself.
@@ -33,8 +43,10 @@ class Source:
 
     def load(self, options: Mapping[str, Any]) -> Experiment:
         """The experiment for these options; LabError when there is none, or when it takes no such option."""
-        key = tuple(sorted(options.items()))
-        return _load(self.reference, self.function, key)
+        for name, value in options.items():
+            if not isinstance(value, (bool, int, float, str)):
+                raise LabError(f"option {name}={value!r}: give a number, a word or true or false")
+        return _load(self.reference, self.function, tuple(sorted(options.items())))
 
     def code(self) -> str:
         """Fingerprint of the source file that defines the experiment; built-in tasks: the version of normkit.
@@ -42,14 +54,13 @@ class Source:
         A changed experiment is another experiment: its old results must not be taken for its new ones.
         """
         function = self.function or _resolve(self.reference)
-        if function.__module__.split(".")[0] == "normkit":
+        if isinstance(function, InMemory):
+            function = function.experiment.model
+        if (function.__module__ or "").split(".")[0] == "normkit":
             import normkit
 
             return f"normkit {normkit.__version__}"
-        try:
-            return hashlib.sha256(inspect.getsource(inspect.getmodule(function) or function).encode()).hexdigest()[:16]
-        except (OSError, TypeError):
-            return hashlib.sha256(repr(function.__qualname__).encode()).hexdigest()[:16]
+        return hashlib.sha256(_source_code(function).encode()).hexdigest()[:16]
 
     def options(self) -> dict[str, Any]:
         """The options the experiment's function takes, with their defaults."""
@@ -137,6 +148,16 @@ def _file(path: Path) -> ModuleType:
         del sys.modules[name]
         raise LabError(f"reading {path.name} raised {_describe(error)}; correct the file") from error
     return module
+
+
+def _source_code(function: Callable[..., Any]) -> str:
+    """The file that defines a function; what is typed into a session has only itself, or not even that."""
+    for thing in (inspect.getmodule(function), function):
+        try:
+            return inspect.getsource(thing)  # type: ignore[arg-type]
+        except (OSError, TypeError):
+            continue
+    return getattr(function, "__qualname__", type(function).__qualname__)
 
 
 def _describe(error: Exception) -> str:

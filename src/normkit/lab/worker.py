@@ -85,7 +85,9 @@ def _become_a_worker(coordinator: int) -> None:
 
     An orphan that trained on would write the files of a cell that the same command, typed again, has just restarted.
     """
-    if threading.current_thread() is threading.main_thread():  # dask runs cells in other threads, and minds Ctrl-C itself
+    if (
+        threading.current_thread() is threading.main_thread()
+    ):  # dask runs cells in other threads, and minds Ctrl-C itself
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_when_orphaned, args=(coordinator,), daemon=True).start()
 
