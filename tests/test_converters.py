@@ -80,8 +80,11 @@ def test_convert_sync_batchnorm_loses_the_activation_in_silence():
     assert (layer(image()) >= 0).all()
 
 
-def test_convert_sync_batchnorm_loses_the_guard_and_the_wide_buffers():
-    converted = nn.SyncBatchNorm.convert_sync_batchnorm(nk.BatchNorm2d(CHANNELS)).bfloat16()
+def test_convert_sync_batchnorm_loses_the_guard_the_wide_buffers_and_the_hooks():
+    layer = nk.BatchNorm2d(CHANNELS)
+    layer.register_forward_hook(lambda *call: None)
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(layer).bfloat16()
+    assert not converted._forward_hooks
     assert converted.running_var.dtype == torch.bfloat16
     assert not hasattr(converted, "num_batches_skipped")
 

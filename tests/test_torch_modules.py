@@ -49,17 +49,15 @@ class Entry:
         self.info = copy.copy(info)
         self.info.module_cls = self.module_cls
 
-    def inputs(self, dtype: torch.dtype, training: bool = True, *, requires_grad: bool = False) -> list[Any]:
+    def inputs(self, dtype: torch.dtype, training: bool = True) -> list[Any]:
+        """Arguments for the constructor and for forward, as torch's own tests take them."""
         make = self.info.module_inputs_func
-        return make(self.torchs, device="cpu", dtype=dtype, requires_grad=requires_grad, training=training)
+        return make(self.torchs, device="cpu", dtype=dtype, requires_grad=False, training=training)
 
-    def modules(
-        self, dtype: torch.dtype, training: bool = True, *, requires_grad: bool = False
-    ) -> Iterator[tuple[nn.Module, Any, tuple[Tensor, ...]]]:
-        """(module, entry, arguments of forward)."""
-        for given in self.inputs(dtype, training, requires_grad=requires_grad):
-            module = self.build(given, dtype, training)
-            yield module, given, given.forward_input.args
+    def modules(self, dtype: torch.dtype, training: bool = True) -> Iterator[tuple[nn.Module, Any, tuple[Tensor, ...]]]:
+        """(module, where it comes from, arguments of forward)."""
+        for given in self.inputs(dtype, training):
+            yield self.build(given, dtype, training), given, given.forward_input.args
 
     def build(self, given: Any, dtype: torch.dtype, training: bool = True) -> nn.Module:
         arguments = given.constructor_input
