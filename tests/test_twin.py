@@ -43,7 +43,7 @@ def _torchs_operators():
 @pytest.fixture
 def kernels_for_all_sizes(monkeypatch):
     """By default small inputs go to torch's operators, and what the kernels say to a wrong one would not show."""
-    monkeypatch.setattr(native, "SMALL", 0)
+    monkeypatch.setattr(native, "SMALL", {})
 
 
 def test_every_norm_says_whether_it_has_a_twin():

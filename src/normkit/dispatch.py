@@ -121,8 +121,10 @@ def normalize(
 ) -> Tensor:
     """Carry out one norm on the backend that the caller, the surrounding ``nk.backend`` or the order chooses."""
     name = backend or _active
-    small = residual is None and activation is None and _is_small(spec, details.get("over"), x)
-    direct = name == "torch" or (name == "auto" and (small or _torch_is_alone()))
+    fused = residual is not None or activation is not None
+    direct = name == "torch" or (
+        name == "auto" and (_torch_is_faster(spec, details.get("over"), x, fused) or _torch_is_alone())
+    )
     if residual is not None and residual.shape != x.shape:
         raise ValueError(_misfit(spec, x, residual))
     try:
@@ -157,9 +159,10 @@ def _torch_is_alone() -> bool:
     return first is TORCH or (loading.module is None and first is NATIVE and len(BACKENDS) == 3)
 
 
-def _is_small(spec: Spec, over: str | None, x: Tensor) -> bool:
+def _torch_is_faster(spec: Spec, over: str | None, x: Tensor, fused: bool) -> bool:
     """The kernels' own rule, asked before a call is even put together."""
-    return next(iter(BACKENDS)) == "native" and native.is_too_small(over or spec.over, spec.center, x.numel())
+    first = next(iter(BACKENDS))
+    return first == "native" and native.torch_is_faster(over or spec.over, spec.center, x.numel(), fused)
 
 
 def _choose(call: Call, name: str) -> Backend:

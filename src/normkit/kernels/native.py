@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,11 @@ from normkit.kernels.plan import Plan, alike, plan_for
 if TYPE_CHECKING:
     from normkit.dispatch import Call
 
-SMALL = 16384
-_ONE_OPERATOR = {"[n] c [s...]", "n... [c...]", "n (g [c]) [s...]"}
+SMALL = {"[n] c [s...]": 16_384, "n... [c...]": math.inf, "n (g [c]) [s...]": math.inf}
+"""Below so many elements torch's one operator for this pattern is faster. Layer and group norm alone have lost to it at
+every size that was timed so far; with a residual or an activation torch needs several operators."""
+SMALL_FUSED = 4096
+"""The same for a norm that is followed by a residual or an activation."""
 _PLAIN = (Tensor, torch.nn.Parameter)
 _SECOND, _BOTH = 2, 3  # steps of a backward pass: the sums come first, the gradients of the inputs second
 
@@ -48,18 +52,20 @@ def reasons_against(call: Call) -> list[str]:
     return []
 
 
-def is_too_small(over: str | None, center: bool, elements: int) -> bool:
-    """Whether one operator of torch does the same in less time than it takes Python to reach a kernel.
+def torch_is_faster(over: str | None, center: bool, elements: int, fused: bool) -> bool:
+    """Whether torch's operators do the same in less time.
 
     Torch has no one operator for RMS norm, and several for instance norm: there a kernel is faster at any size.
     """
-    return elements < SMALL and center and over in _ONE_OPERATOR
+    limit = SMALL.get(over, 0) if center and over is not None else 0
+    return elements < (min(limit, SMALL_FUSED) if fused else limit)
 
 
 def reluctance(call: Call) -> list[str]:
     """Why the compiled kernels will not run a call that they could run, unless asked for by name."""
-    if call.residual is None and call.activation is None and is_too_small(call.over, call.spec.center, call.x.numel()):
-        return [f"below {SMALL:,} elements torch's one operator is faster"]
+    fused = call.residual is not None or call.activation is not None
+    if torch_is_faster(call.over, call.spec.center, call.x.numel(), fused):
+        return ["torch's operator was faster for this norm at this size"]
     return []
 
 

@@ -88,7 +88,7 @@ def register(cls: type, spec: Spec, *, dim: int | None, lazy: bool) -> None:
 def plain(name: str) -> tuple[str, int | None]:
     """``"Batch_Norm2d"`` -> ``("batchnorm", 2)``: the name as the registry compares it, and the dimension in it."""
     key = re.sub(r"[\s_\-]", "", name.lower())
-    match = re.fullmatch(r"(.*?)([123])d", key)
+    match = re.fullmatch(r"(.+?)([123])d", key)
     return (match[1], int(match[2])) if match else (key, None)
 
 
