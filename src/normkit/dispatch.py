@@ -123,7 +123,7 @@ def normalize(
     name = backend or _active
     fused = residual is not None or activation is not None
     direct = name == "torch" or (
-        name == "auto" and (_torch_is_faster(spec, details.get("over"), x, fused) or _torch_is_alone())
+        name == "auto" and (_torch_is_alone() or _torch_is_faster(spec, details.get("over"), x, fused))
     )
     if residual is not None and residual.shape != x.shape:
         raise ValueError(_misfit(spec, x, residual))

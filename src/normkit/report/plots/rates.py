@@ -27,7 +27,7 @@ Arm = dict[str, Any]
 
 def sensitivity(summary: dict[str, Any], point: dict[str, Any], name: str) -> list[Figure]:
     """Steps to the target, best validation metric, and the usable range, each against the learning rate."""
-    arms = [arm for arm in point["arms"] if arm["search"]]
+    arms = [arm for arm in point["arms"] if any(row["best_validation"] is not None for row in arm["search"])]
     if not arms:
         return []
     experiment = summary["experiment"]
