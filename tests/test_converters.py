@@ -1,7 +1,7 @@
 """Tools of torch that rebuild or read batch norms: for each, what our layers keep and what they lose.
 
 docs/deviations.md has the same list for readers. What is lost in silence is the activation, in three tools that take
-any subclass and know nothing of it. They read attributes and call no method of the layer, so nothing could object.
+any subclass and know nothing of it. They read attributes and never call the layer, so nothing could object.
 """
 
 from __future__ import annotations
@@ -89,6 +89,12 @@ def test_convert_sync_batchnorm_loses_the_guard_the_wide_buffers_and_the_hooks()
     assert not hasattr(converted, "num_batches_skipped")
 
 
+def test_convert_sync_batchnorm_without_bias_makes_none():
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(nk.BatchNorm2d(CHANNELS, bias=False))
+    assert converted.bias is None
+    assert [*converted.state_dict()] == [*nk.BatchNorm2d(CHANNELS, bias=False).state_dict()]
+
+
 def test_convert_sync_batchnorm_leaves_other_norms_alone():
     names = [name for name in nk.list_norms() if name != "batch_norm"]
     model = nn.Sequential(*(nk.create("group:3" if name == "group_norm" else name, CHANNELS) for name in names))
@@ -163,6 +169,19 @@ def test_quantization_refuses_our_layers_aloud():
     model = convolution_and(nk.BatchNorm2d(CHANNELS))
     with pytest.raises((AssertionError, NotImplementedError), match="BatchNorm2d"):
         quantization.fuse_modules(model, [["0", "1"]])
+
+
+# torch.utils.mkldnn
+
+
+@pytest.mark.parametrize("activation", ["relu", nn.PReLU()], ids=["relu", "prelu"])
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, when the tool is loaded
+def test_to_mkldnn_refuses_an_activation_aloud(activation):
+    """It takes any subclass, and stumbles over the child module: the trace that is left of the activation."""
+    from torch.utils import mkldnn
+
+    with pytest.raises(RuntimeError, match="'activation'"):
+        mkldnn.to_mkldnn(convolution_and(nk.BatchNorm2d(CHANNELS, activation=activation)))
 
 
 # torch.optim.swa_utils
@@ -280,7 +299,12 @@ def lines_of_the_page() -> list[list[str]]:
 
 def test_the_page_has_every_tool():
     named = {cells[0].strip("`") for cells in lines_of_the_page()}
-    assert {*TOOLS.values(), "torch.fx.experimental.optimization.fuse", "torch.ao.quantization.fuse_modules"} <= named
+    loaded_late = {
+        "torch.fx.experimental.optimization.fuse",
+        "torch.ao.quantization.fuse_modules",
+        "torch.utils.mkldnn.to_mkldnn",
+    }
+    assert {*TOOLS.values(), *loaded_late} <= named
 
 
 def test_every_line_of_the_page_names_a_test_that_is_there():

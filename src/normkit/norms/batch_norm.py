@@ -112,14 +112,20 @@ def _call(
     details: dict[str, Any],
 ) -> Tensor:
     weight, bias = as_statistics(running_mean, weight, bias)
+
+    def by_torch() -> Tensor:
+        mean, var = running_mean, running_var
+        if not training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # The backward pass reads them again, and a training step in between moves the originals.
+            mean, var = (kept if kept is None else kept.clone() for kept in (mean, var))
+        return unambiguous(F.batch_norm(x, mean, var, weight, bias, training, momentum, eps=details["eps"]))
+
     return normalize(
         SPEC,
         x,
         weight,
         bias,
-        by_torch=lambda: unambiguous(
-            F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps=details["eps"])
-        ),
+        by_torch=by_torch,
         running_mean=running_mean,
         running_var=running_var,
         batch_statistics=training,
