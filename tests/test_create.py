@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
+import types
 from collections.abc import Callable
 
 import pytest
@@ -99,6 +101,7 @@ def test_shorthand_tuples_and_options_say_the_same():
 
 def test_the_shorthand_of_dyt_is_a_number():
     assert nk.create("dyt:0.25", CHANNELS).alpha_init == 0.25
+    assert nk.create("dyt:1", CHANNELS).alpha_init == 1.0
     assert nk.create("dyt:1e-1", CHANNELS).alpha.item() == torch.tensor(0.1).item()
 
 
@@ -117,8 +120,10 @@ MISTAKES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "option": (lambda: nk.create("batch", 8, epsilon=1), ValueError | TypeError, r"no option 'epsilon'.*\n.*eps"),
     "option of another norm": (lambda: nk.create("layer", 8, momentum=0.1), TypeError, r"layer_norm has no option"),
     "no shorthand": (lambda: nk.create("batch:3", 8), ValueError, r"batch_norm takes no value after a colon"),
-    "no number": (lambda: nk.create("group:four", 8), ValueError, r"'four' is no number for num_groups"),
-    "no value": (lambda: nk.create("group:", 8), ValueError, r"'' is no number for num_groups"),
+    "no number": (lambda: nk.create("group:four", 8), ValueError, r"'four' is no whole number for num_groups"),
+    "no value": (lambda: nk.create("group:", 8), ValueError, r"'' is no whole number.*as in group_norm:32"),
+    "half a group": (lambda: nk.create("group:4.0", 8), ValueError, r"'4\.0' is no whole number for num_groups"),
+    "no finite number": (lambda: nk.create("dyt:nan", 8), ValueError, r"'nan' is no number for alpha_init.*dyt:0\.5"),
     "groups": (lambda: nk.create("group:5", 8), ValueError, r"divisors of 8: 1, 2, 4, 8"),
     "not a name": (lambda: nk.create(3, 8), TypeError, r"named by a string or a \(name, options\) tuple, not by 3"),
     "class": (lambda: nk.create(nn.BatchNorm2d, 8), TypeError, r"named by a string"),
@@ -144,24 +149,45 @@ def test_a_mistake_is_answered_with_what_to_type(mistake):
 def test_a_factory_survives_pickling_and_makes_equal_layers(name):
     made = nk.factory(name, dim=2, activation=nn.PReLU(init=0.5), **small(name))
     again = pickle.loads(pickle.dumps(made))
-    assert again == made or isinstance(made.options["activation"], nn.Module)
     assert repr(again(CHANNELS)) == repr(made(CHANNELS))
     x = off_scale((3, CHANNELS, 5, 4), 1)
     assert again(CHANNELS)(x).equal(made(CHANNELS)(x))
 
 
-def test_layers_of_a_factory_share_nothing():
-    made = nk.factory("batch", activation=nn.PReLU())
+@pytest.mark.parametrize("name", ["batch", ("batch", {"activation": nn.PReLU()})], ids=["option", "tuple"])
+def test_layers_of_a_factory_share_nothing(name):
+    activation = nn.PReLU()
+    made = nk.factory(name) if isinstance(name, tuple) else nk.factory(name, activation=activation)
     first, second = made(CHANNELS), made(CHANNELS)
     assert first.activation is not second.activation
     assert not {*map(id, first.parameters())} & {*map(id, second.parameters())}
-    assert made.options["activation"] is not first.activation
+    given = name[1]["activation"] if isinstance(name, tuple) else activation
+    assert given is not first.activation
+    assert given is not second.activation
 
 
-def test_a_factory_is_comparable_and_shows_what_it_makes():
-    assert nk.factory("group:4", eps=1e-3) == nk.factory("group:4", eps=1e-3)
-    assert nk.factory("group:4") != nk.factory("group:3")
-    assert "group:4" in repr(nk.factory("group:4", eps=1e-3))
+def test_a_factory_shows_what_it_makes():
+    assert "name='group:4'" in repr(nk.factory("group:4", eps=1e-3))
+    assert "eps=0.001" in repr(nk.factory("group:4", eps=1e-3))
+
+
+def as_timm_takes_it(norm_layer: object) -> Callable[..., nn.Module]:
+    """What ``timm.layers.get_norm_layer`` makes of a ``norm_layer=``: it names four kinds and rebinds a partial."""
+    assert isinstance(norm_layer, (type, str, types.FunctionType, functools.partial))
+    assert isinstance(norm_layer, functools.partial)
+    assert not norm_layer.args  # they would be lost
+    assert isinstance(norm_layer.func, types.FunctionType)
+    return functools.partial(norm_layer.func, **norm_layer.keywords)
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_timm_takes_a_factory_apart_and_gets_the_same_layers(name):
+    made = nk.factory(name, activation=nn.PReLU(init=0.5), **small(name))
+    rebound = as_timm_takes_it(made)
+    first, second = rebound(CHANNELS), rebound(CHANNELS, device="cpu", dtype=torch.float64)
+    assert repr(first) == repr(made(CHANNELS))
+    assert first.activation is not second.activation
+    assert all(p.dtype == torch.float64 for n, p in second.named_parameters() if not n.startswith("activation"))
 
 
 NormLayer = Callable[[int], nn.Module]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -61,21 +62,11 @@ def create(name: Name, num_channels: int, *, dim: int = 2, **options: Any) -> nn
     return cls.for_channels(num_channels, dim=dim, **merged)  # type: ignore[attr-defined]
 
 
-@dataclass(frozen=True)
-class Factory:
-    """A ``norm_layer=`` argument: called with the number of channels, it makes the layer. Picklable."""
-
-    name: Name
-    dim: int = 2
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def __call__(self, num_channels: int, **options: Any) -> nn.Module:
-        own = copy.deepcopy(self.options)  # an activation that is a module is not shared between layers
-        return create(self.name, num_channels, dim=self.dim, **{**own, **options})
-
-
-def factory(name: Name, *, dim: int = 2, **options: Any) -> Factory:
+def factory(name: Name, *, dim: int = 2, **options: Any) -> functools.partial[nn.Module]:
     """A picklable callable ``num_channels -> layer`` for the ``norm_layer=`` argument of torchvision and timm models.
+
+    It is a ``functools.partial``, which timm asks for and takes apart. A module among the options is copied for each
+    layer; more options can be given with the number of channels.
 
     Args:
         name: as in :func:`create`.
@@ -95,7 +86,12 @@ def factory(name: Name, *, dim: int = 2, **options: Any) -> Factory:
     """
     family, read_dim, preset = _read(name, dim)
     _check_options(family, family.pick(read_dim), {**preset, **options})
-    return Factory(name, dim, options)
+    return functools.partial(_layer, name=name, dim=dim, **options)
+
+
+def _layer(num_channels: int, *, name: Name, dim: int, **options: Any) -> nn.Module:
+    """What the result of :func:`factory` calls: an activation that is a module is not shared between layers."""
+    return create(copy.deepcopy(name), num_channels, dim=dim, **copy.deepcopy(options))
 
 
 def _read(name: Name, dim: int) -> tuple[Family, int, dict[str, Any]]:
@@ -119,26 +115,38 @@ def _read(name: Name, dim: int) -> tuple[Family, int, dict[str, Any]]:
 
 
 def _shorthand(family: Family, text: str, value: str) -> dict[str, Any]:
+    """``"group:32"`` -> ``{"num_groups": 32}``; the default of the argument says which kind of number it is."""
     argument = family.spec.shorthand
     if argument is None:
         raise ValueError(f"{text!r}: {family.spec.name} takes no value after a colon")
+    cls = next(iter(family.classes.values()))
+    default = _parameters(cls)[argument].default
+    kind, words = (float, "number") if isinstance(default, float) else (int, "whole number")
     try:
-        return {argument: float(value) if "." in value or "e" in value else int(value)}
+        number = kind(value)
     except ValueError:
-        raise ValueError(f"{text!r}: {value!r} is no number for {argument}, as in {family.spec.name}:8") from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{text!r}: {value!r} is no {words} for {argument}, as in {family.spec.name}:{default}")
+    return {argument: number}
 
 
 def _check_options(family: Family, cls: type, options: Mapping[str, Any]) -> None:
     """Refuse a misspelt option with the list of those there are."""
-    accepted = {
-        parameter.name
-        for function in (cls, cls.for_channels)  # type: ignore[attr-defined]
-        for parameter in inspect.signature(function).parameters.values()
-        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-    } - {"self", "num_channels", "dim", "num_features", "normalized_shape"}
+    accepted = _parameters(cls).keys() - {"num_channels", "dim", "num_features", "normalized_shape"}
     unknown = sorted(set(options) - accepted)
     if unknown:
         raise TypeError(
             f"{family.spec.name} has no option {', '.join(map(repr, unknown))}.\n"
             f"  choose from: {', '.join(sorted(accepted))}"
         )
+
+
+def _parameters(cls: type) -> dict[str, inspect.Parameter]:
+    """What a layer can be given by name; ``for_channels`` has defaults that the constructor lacks."""
+    return {
+        name: parameter
+        for function in (cls, cls.for_channels)  # type: ignore[attr-defined]
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    }

@@ -88,6 +88,12 @@ class Identity(Norm, nn.Identity, spec=SPEC):
         super().__init__(*args, **kwargs)
         self._set_options(activation, backend)
 
+    @classmethod
+    def for_channels(
+        cls, num_channels: int, *, dim: int, device: Any = None, dtype: Any = None, **options: Any
+    ) -> nn.Module:
+        return cls(num_channels, **options)  # what every norm takes says nothing to one without parameters
+
     def forward(self, input: Tensor, *, residual: Tensor | None = None) -> Tensor:
         """Any shape -> the same; ``residual`` (same shape) is added before the activation."""
         return identity(input, activation=self.activation, residual=residual, backend=self.backend)
