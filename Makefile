@@ -54,11 +54,12 @@ setup: $(INSTALLED)  ## make .venv and nothing else
 
 # torch comes first and in the exact version, so that no later step can choose another one: each is gigabytes of CUDA
 # libraries. The build tools come with it, so that the package itself is built from what is pinned here and not from
-# whatever is newest. pip learned to read dependency groups only in 25.1; tomllib has always been able to.
+# whatever is newest. pip learned to read dependency groups only in 25.1; tomllib has always been able to. A first run
+# that was interrupted may have left a Python without pip behind: such a .venv is made again.
 $(INSTALLED):
 	@[ -n "$(PYTHON)" ] || { echo 'normkit needs Python 3.11 or newer, and none was found: install one, or name it with make PYTHON=...' >&2; exit 2; }
 	@echo 'Setting up $(VENV) (once; a few minutes, most of it downloading torch) ...'
-	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	@$(PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@$(PIP) install -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$$(grep '^torch==' constraints.txt)" \
 		$$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["dev"])')
 	@$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[lab,export]"
