@@ -163,12 +163,21 @@ def test_env_as_json_has_the_same_content(run):
         ("zzz", ["'zzz'", "choose from: compare"]),
         ("--lsit", ["'--lsit'", "normkit list"]),
         ("list --jsn", ["--jsn", "--json"]),
+        ("list batch", ["batch", "normkit list --help"]),
         ("env everything", ["everything"]),
+        ("env --jsn", ["--jsn", "--json"]),
         ("explain", ["NORM", "--shape"]),
         ("explain group", ["--shape"]),
         ("explain grop --shape 8,64,56,56", ["'grop'", "did you mean 'group_norm'?"]),
         ("explain xyzzy --shape 8,64,56,56", ["'xyzzy'", "choose from: batch_norm"]),
         ("explain group:x --shape 8,64,56,56", ["'group:x'", "num_groups"]),
+        ("explain group:4.5 --shape 8,64,56,56", ["'group:4.5'", "whole number"]),
+        ("explain group --shape", ["--shape"]),
+        ("explain group --shape 8,64 extra", ["extra"]),
+        ("explain instance --shape 8,64", ["no spatial axes", "n,c,h,w"]),
+        ("explain group --shape 99999999999999999999,2", ["99999999999999999999", "memory"]),
+        ("explain group --shape 8,64,7,7 --device xla", ["xla", "normkit env"]),
+        ("explain group --shape 8,64,7,7 --device mkldnn", ["mkldnn", "normkit env"]),
         ("explain group --shape 8,48,14,14", ["48", "32", "1, 2, 3, 4, 6, 8, 12, 16, 24, 48"]),
         ("explain group --shape eight", ["'eight'", "8,64,56,56"]),
         ("explain group --shape 8,,64", ["'8,,64'", "8,64,56,56"]),
@@ -187,8 +196,14 @@ def test_env_as_json_has_the_same_content(run):
 )
 def test_a_wrong_word_gives_one_clear_error(run, arguments, told):
     message = refused(run(*arguments.split()))
+    assert max(map(len, message.splitlines())) < 400
     for words in told:
         assert words in message
+
+
+def test_sizes_without_commas_are_no_shape(run):
+    assert "'8 64 7 7' is not a shape" in refused(run("explain", "group", "--shape", "8 64 7 7"))
+    answered(run("explain", "group", "--shape", "(8, 64, 7, 7)"))
 
 
 @pytest.fixture
@@ -223,11 +238,37 @@ def test_a_missing_extra_is_the_one_line_to_type(run, verb, without, module, ext
     assert f'pip install "normkit[{extra}]"' in refused(run("trial"))
 
 
-@pytest.mark.parametrize("package", ["sklearn", "joblib"])
-def test_compare_without_its_extra_names_the_line_to_type(run, without, package, tmp_path, monkeypatch):
+@pytest.mark.parametrize("package", ["sklearn", "joblib", "numpy", "scipy", "matplotlib"])
+def test_compare_without_its_extra_names_the_line_to_type_before_any_work(run, without, package, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     without(package)
     assert 'pip install "normkit[lab]"' in refused(run("compare", "--quick"))
+    assert not [*tmp_path.glob("runs/*/*.jsonl")]
+
+
+@pytest.mark.parametrize("package", ["numpy", "scipy", "matplotlib"])
+def test_report_without_its_extra_names_the_line_to_type(run, without, package):
+    without(package)
+    assert 'pip install "normkit[lab]"' in refused(run("report", "somewhere"))
+
+
+BARE = """
+import sys
+for name in ("numpy", "sklearn", "scipy", "matplotlib", "joblib", "safetensors"):
+    sys.modules[name] = None
+from normkit.cli import main
+for line in ("list", "explain group --shape 8,64,7,7", "env"):
+    assert main(line.split()) == 0, line
+for line in ("compare --quick", "report somewhere"):
+    assert main(line.split()) == 2, line
+"""
+
+
+def test_without_any_extra_every_verb_works_or_names_the_line_to_type(tmp_path):
+    """As ``pip install normkit`` leaves it: torch does without numpy, and so do the verbs that need no extra."""
+    result = subprocess.run([sys.executable, "-c", BARE], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert result.stderr.count("error: ") == result.stderr.count('type: pip install "normkit[lab]"') == 2
+    assert "Traceback" not in result.stderr
 
 
 def test_an_error_of_the_user_is_its_message_alone(run, verb):

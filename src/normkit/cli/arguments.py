@@ -28,7 +28,7 @@ def shape(text: str) -> tuple[int, ...]:
     Raises:
         UserError: not a list of positive whole numbers.
     """
-    sizes = re.split(r"[,x×]", text.strip("()[] ").replace(" ", ""))
+    sizes = re.split(r"\s*[,x×]\s*", text.strip("()[] "))
     if not all(re.fullmatch(r"\d+", size) and int(size) > 0 for size in sizes):
         raise UserError(
             f"--shape {text!r} is not a shape.\n  write positive whole numbers with commas between: --shape 8,64,56,56"

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import tyro
 
 from normkit.cli import arguments
-from normkit.cli.errors import UserError
+from normkit.cli.errors import UserError, require
 from normkit.cli.output import show_json
 from normkit.cli.progress import watching
 from normkit.cli.report import show_result
@@ -86,6 +86,7 @@ def main(argv: list[str]) -> int:
     asked = arguments.parse(Compare, argv, "compare")
     if asked.quick and asked.thorough:
         raise UserError("--quick and --thorough exclude each other; give one of them, or none for the default budget")
+    require("numpy", "scipy", "matplotlib")  # now, and not when hours of runs are to be analysed
     command = shlex.join(["normkit", "compare", *argv])
     try:
         result = _run(asked, command)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from collections.abc import Iterator
 
 EXTRAS = {
+    "numpy": "lab",
     "sklearn": "lab",
     "scipy": "lab",
     "matplotlib": "lab",
@@ -33,6 +35,17 @@ def from_user() -> Iterator[None]:
         yield
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         raise UserError(str(error)) from error
+
+
+def require(*modules: str) -> None:
+    """Before any work, for modules that are wanted only at its end.
+
+    Raises:
+        ModuleNotFoundError: one of them is not installed; :func:`missing_extra` has the words.
+    """
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise ModuleNotFoundError(f"No module named {module!r}", name=module)
 
 
 def missing_extra(error: ModuleNotFoundError, command: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -13,6 +14,7 @@ import normkit as nk
 from normkit.cli import arguments
 from normkit.cli.errors import UserError, from_user
 from normkit.cli.output import show, show_json
+from normkit.layout import parse
 
 
 @dataclass
@@ -68,18 +70,26 @@ def _input(asked: Explain, shape: tuple[int, ...]) -> Tensor:
         )
     try:
         x = torch.empty(shape, dtype=getattr(torch, asked.dtype), device=_device(asked.device))
-    except RuntimeError as error:
-        raise UserError(f"--shape {asked.shape} does not fit into the memory of {asked.device}.\n  {error}") from error
+    except (RuntimeError, TypeError) as error:  # TypeError: a size that is no 64-bit number
+        raise UserError(
+            f"--shape {asked.shape} does not fit into the memory of {asked.device}.\n  {_first_sentence(error)}"
+        ) from error
     return x.to(memory_format=formats[len(shape)]) if asked.channels_last else x
 
 
 def _device(name: str) -> torch.device:
     """The device of that name, if tensors can be made on it."""
     try:
-        return torch.empty(0, device=name).device
+        with warnings.catch_warnings(action="ignore"):  # of device types that torch has given up
+            return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # AssertionError: this torch was built without CUDA
-        reason = str(error).splitlines()[0]
+        reason = _first_sentence(error)
         raise UserError(f"--device {name} cannot be used here.\n  {reason}\n  `normkit env` lists the GPUs") from error
+
+
+def _first_sentence(error: Exception) -> str:
+    """What torch says, without the page of operators that it may say next."""
+    return str(error).splitlines()[0].partition(". ")[0]
 
 
 def _layer(asked: Explain, x: Tensor) -> nn.Module:
@@ -89,4 +99,13 @@ def _layer(asked: Explain, x: Tensor) -> nn.Module:
     layer = nk.create(asked.norm, x.shape[1], dim=dim, **options)
     if not getattr(layer, "channels_first", True):  # a norm of features: they are the last axis, as in a transformer
         layer = nk.create(asked.norm, x.shape[-1], dim=dim, **options)
+    if x.dim() == 2 and _pools_space_alone(layer.spec.over):
+        raise UserError(
+            f"--shape {asked.shape} has no spatial axes, and {layer.spec.name} pools over nothing else.\n"
+            "  write n,c,l (sequences) or n,c,h,w (images) or n,c,d,h,w (volumes)"
+        )
     return layer.to(device=x.device, dtype=x.dtype).train(not asked.evaluate)
+
+
+def _pools_space_alone(over: str | None) -> bool:
+    return over is not None and {axis.name for axis in parse(over) if axis.pooled} == {"s"}

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from normkit import report
 from normkit.cli import arguments
-from normkit.cli.errors import from_user
+from normkit.cli.errors import from_user, require
 from normkit.cli.output import show, show_json
 from normkit.report import document, table
 from normkit.report.words import verdict
@@ -36,9 +36,10 @@ class Report:
 
 
 def main(argv: list[str]) -> int:
+    asked = arguments.parse(Report, argv, "report")
+    require("numpy", "scipy", "matplotlib")
     from normkit.lab.analyse import analyse
 
-    asked = arguments.parse(Report, argv, "report")
     with from_user():
         summary = analyse(asked.directory)
         drawn = None if asked.picture is None else report.picture(asked.directory, asked.picture)
