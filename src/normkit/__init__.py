@@ -36,12 +36,12 @@ from normkit.norms.instance_norm import (
 )
 from normkit.norms.layer_norm import LayerNorm
 from normkit.norms.rms_norm import RMSNorm
-from normkit.surgery import accelerate_
-from normkit.vocabulary.certificate import Certificate
 from normkit.vocabulary.spec import Spec
 
 if _TYPE_CHECKING:
     from normkit import lab
+    from normkit.surgery import accelerate_
+    from normkit.vocabulary.certificate import Certificate
 
 __version__ = "0.1.0.dev0"
 
@@ -83,9 +83,23 @@ __all__ = [
 del _torch
 
 
-def __getattr__(name: str) -> _Any:
-    if name == "lab":  # experiments need the extra packages of normkit[lab]; nobody else pays for them
-        import importlib
+_LATER = {
+    "lab": "normkit.lab",  # experiments need the extra packages of normkit[lab]
+    "accelerate_": "normkit.surgery",
+    "Certificate": "normkit.vocabulary.certificate",
+}
+"""What a model with these layers can do without: loaded on first use, so that importing normkit stays cheap."""
 
-        return importlib.import_module("normkit.lab")
-    raise AttributeError(f"module 'normkit' has no attribute {name!r}")
+
+def __getattr__(name: str) -> _Any:
+    if name not in _LATER:
+        raise AttributeError(f"module 'normkit' has no attribute {name!r}")
+    import importlib
+
+    module = importlib.import_module(_LATER[name])
+    found = globals()[name] = module if name == "lab" else getattr(module, name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
