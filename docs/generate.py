@@ -1,6 +1,8 @@
-"""Writes docs/norms.md, and the norms and results in README.md, from the registry, the docstrings and the records.
+"""Writes docs/norms.md, the norms and results in README.md, and the cost of a call in docs/benchmarks.md.
 
-python docs/generate.py            write both
+Out of the registry, the docstrings and the committed records.
+
+python docs/generate.py            write them
 python docs/generate.py --check    exit 1, with a sentence, if one of them is not what would be written
 """
 
@@ -12,22 +14,26 @@ import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import normkit as nk
 from normkit.laws import LAWS
 from normkit.report.words import verdict
+from normkit.vocabulary.record import read_lines
 from normkit.vocabulary.spec import REGISTRY, Family, Spec
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = "python docs/generate.py"
-NORMS, RESULTS = "norms", "results"
-"""What README.md has marks for: ``<!-- norms:begin -->`` and ``<!-- norms:end -->``."""
+NORMS, RESULTS, CALL = "norms", "results", "call"
+"""What README.md and docs/benchmarks.md have marks for: ``<!-- norms:begin -->`` and ``<!-- norms:end -->``."""
 HOLDS, BROKEN = "✓", ""
 RESTORES = "restores"
 """The one law that is not about a change of the input."""
 RECORDS = Path("records") / "compare"
 TASKS = ("digits", "digits-relu", "digits-cnn")
 """In the order of the README."""
+OVERHEAD = Path("records") / "bench" / "overhead"
+UNMEASURED = f"No record of a quiet machine is committed yet; `normkit bench --op overhead --out {OVERHEAD}` makes one."
 
 
 def families() -> list[Family]:
@@ -173,20 +179,57 @@ def results(root: Path) -> str:
     return "\n\n".join(parts)
 
 
-def between_marks(text: str, name: str, content: str) -> str:
-    """``text`` with ``content`` between the two marks of that name."""
+def cost_of_a_call(root: Path) -> str:
+    """What a layer on the torch backend takes longer than torch's: microseconds where small, percent where large."""
+    file = root / OVERHEAD / "bench.jsonl"
+    if not file.exists():
+        return UNMEASURED
+    made, *records = read_lines(file)
+    taken = [r for r in records if r.get("implementation") == "normkit:torch" and r.get("state") == "measured"]
+    taken = [r for r in taken if r["allocator"] == "default"]
+    rows = []
+    for op in dict.fromkeys(r["op"] for r in taken):
+        by_size = {r["reason"]: r for r in taken if r["op"] == op}
+        tiny = [_microseconds(by_size.get("tiny"), part) for part in ("forward", "step")]
+        rows.append([f"`{op}`", *tiny, *(_percent(by_size.get(size)) for size in ("1 MB", "4 MB"))])
+    header = ["layer", "tiny, forward", "tiny, forward and backward", "1 MB, both", "4 MB, both"]
+    return (
+        f"{table(header, rows)}\n\n{made['processor']}, {made['threads of torch']} threads, torch {made['torch']}: "
+        f"`{made['command']}`, [every number](../{OVERHEAD}/report.md). ~: the machine was busy."
+    )
+
+
+def _microseconds(record: dict[str, Any] | None, part: str) -> str:
+    return "" if record is None else f"{_busy(record)}{record[part]['extra_us']['value']:+.1f} µs"
+
+
+def _percent(record: dict[str, Any] | None) -> str:
+    return "" if record is None else f"{_busy(record)}{100 / record['step']['speedup']['value'] - 100:+.1f} %"
+
+
+def _busy(record: dict[str, Any]) -> str:
+    return "" if record["quiet"] else "~"
+
+
+def between_marks(page: str, text: str, name: str, content: str) -> str:
+    """``text`` of a page with ``content`` between the two marks of that name."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     before, found, rest = text.partition(begin)
     _, closed, after = rest.partition(end)
     if not found or not closed:
-        raise SystemExit(f"README.md has no {begin} ... {end}: there is no place for the {name}.")
+        raise SystemExit(f"{page} has no {begin} ... {end}: there is no place for the {name}.")
     return f"{before}{begin}\n{content}\n{end}{after}"
 
 
 def readme(text: str) -> str:
     """``text`` with the table of norms and the results of the committed records between their marks."""
-    text = between_marks(text, NORMS, law_table("docs/norms.md"))
-    return between_marks(text, RESULTS, results(ROOT))
+    text = between_marks("README.md", text, NORMS, law_table("docs/norms.md"))
+    return between_marks("README.md", text, RESULTS, results(ROOT))
+
+
+def benchmarks(text: str) -> str:
+    """``text`` with the cost of a call from the committed record."""
+    return between_marks("docs/benchmarks.md", text, CALL, cost_of_a_call(ROOT))
 
 
 def pages() -> dict[Path, str]:
@@ -194,6 +237,7 @@ def pages() -> dict[Path, str]:
     return {
         ROOT / "docs" / "norms.md": norms_page(),
         ROOT / "README.md": readme((ROOT / "README.md").read_text(encoding="utf-8")),
+        ROOT / "docs" / "benchmarks.md": benchmarks((ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")),
     }
 
 

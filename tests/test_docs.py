@@ -14,6 +14,7 @@ import pytest
 
 import normkit as nk
 from normkit.cli.errors import EXTRAS
+from normkit.vocabulary.record import encode_line
 from normkit.vocabulary.spec import REGISTRY
 
 ROOT = Path(__file__).parent.parent
@@ -33,12 +34,60 @@ def generate(monkeypatch, tmp_path):
         copy.parent.mkdir(exist_ok=True)
         if path.exists():
             copy.write_bytes(path.read_bytes())
+    for records in (module.RECORDS, module.OVERHEAD):
+        if (ROOT / records).exists():
+            (tmp_path / records).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / records).symlink_to(ROOT / records)
     monkeypatch.setattr(module, "ROOT", tmp_path)
     return module
 
 
 def test_the_generated_tables_are_current(generate, capsys):
     assert generate.main(["--check"]) == 0, capsys.readouterr().err
+
+
+def timed(reason: str, extra: float, speedup: float, **changes: object) -> dict[str, object]:
+    """One line of `normkit bench --op overhead`."""
+    part = {"extra_us": {"value": extra}, "speedup": {"value": speedup}}
+    record = {"kind": "overhead", "op": "layer_norm", "reason": reason, "implementation": "normkit:torch"}
+    return {
+        **record,
+        "state": "measured",
+        "allocator": "default",
+        "quiet": True,
+        "forward": part,
+        "step": part,
+        **changes,
+    }
+
+
+def test_the_cost_of_a_call_is_that_of_the_committed_record(generate, monkeypatch):
+    page = generate.ROOT / "docs" / "benchmarks.md"
+    monkeypatch.setattr(generate, "OVERHEAD", Path("a_record"))
+    directory = generate.ROOT / generate.OVERHEAD
+    assert generate.UNMEASURED in generate.benchmarks(page.read_text())
+    made = {
+        "kind": "environment",
+        "command": "normkit bench --op overhead",
+        "processor": "a processor",
+        "torch": "2.13.0",
+    }
+    lines = [
+        {**made, "threads of torch": 2},
+        timed("tiny", 6.25, 0.5),
+        timed("tiny", 99.0, 0.5, implementation="normkit"),
+        timed("tiny", 99.0, 0.5, allocator="pinned"),
+        timed("tiny", 99.0, 0.5, state="refused"),
+        timed("1 MB", 7.0, 1 / 1.02),
+        timed("4 MB", -1.0, 1 / 0.99, quiet=False),
+    ]
+    directory.mkdir()
+    (directory / "bench.jsonl").write_bytes(b"".join(encode_line(line) for line in lines))
+    text = generate.benchmarks(page.read_text())
+    assert "| `layer_norm` | +6.2 µs | +6.2 µs | +2.0 % | ~-1.0 % |" in text
+    assert "a processor, 2 threads, torch 2.13.0: `normkit bench --op overhead`" in text
+    assert "99" not in text.partition("<!-- call:begin -->")[2].partition("<!-- call:end -->")[0]
+    assert generate.main(["--check"]) == 1  # the page on the disk does not say so yet
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/norms.md"])
