@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 
 from normkit import epilogue, reference
 from normkit.kernels import loading, native
+from normkit.kernels import phases as halves
 from normkit.layout import solve
 from normkit.vocabulary.problem import Problem
 from normkit.vocabulary.spec import Spec
@@ -48,6 +51,8 @@ class Call:
     momentum: float = 0.0
     reference: Callable[[], Tensor] | None = None
     """The exact arithmetic of a norm that pools nothing; ``None``: the pattern says it."""
+    merged: bool = False
+    """The moments are merged with others before they normalise: kernels run in two halves (:func:`phases`)."""
     plan: Any = None
     """What a kernel that has no reason against the call has looked up for it."""
 
@@ -105,6 +110,8 @@ BACKENDS: dict[str, Backend] = {"native": NATIVE, "torch": TORCH, "reference": R
 
 _active = "auto"
 _recording: list[Call] | None = None
+_recorder = 0  # the thread that records; the layers of all others compute
+_one_at_a_time = threading.Lock()
 
 
 def normalize(
@@ -131,7 +138,7 @@ def normalize(
         if direct and _recording is None:  # nobody else has a say: skip the bookkeeping, which small tensors would feel
             return epilogue.apply(by_torch(), residual, activation)
         call = Call(spec, x, weight, bias, by_torch, residual=residual, activation=activation, **details)
-        if _recording is not None:
+        if _recording is not None and _recorder == threading.get_ident():
             _recording.append(call)
             raise _Recorded
         return _choose(call, name).run(call)
@@ -139,6 +146,23 @@ def normalize(
         if type(error) not in (RuntimeError, ValueError, TypeError):
             raise  # out of memory and the like speak for themselves
         raise type(error)(_in_context(error, Call(spec, x, weight, bias, by_torch, **details))) from error
+
+
+def phases(call: Call, backend: str | None = None) -> Callable[..., tuple[Tensor, Any]] | None:
+    """What carries out a norm in two halves, between which the caller merges moments (and, backward, sums).
+
+    ``None``: torch's operators under torch's autograd, for whoever wants to see these.
+    """
+    name = backend or _active
+    if _recording is not None and _recorder == threading.get_ident():
+        _recording.append(call)
+        raise _Recorded
+    if name == "reference" or halves.watched():
+        return None
+    against = ["asked for by name"] if name == "torch" else native.reasons_against(call)
+    if name == "native" and against:
+        raise _Refused(_refusal(call, NATIVE, against))
+    return functools.partial(halves.run, halves.halves_for(call, against))
 
 
 def settle(running: tuple[Tensor, Tensor], proposed: tuple[Tensor, Tensor]) -> bool | None:
@@ -268,20 +292,21 @@ class _Refused(RuntimeError):
 
 def _record(norm: nn.Module, x: Tensor, residual: Tensor | None) -> Call:
     """The call that ``norm`` makes for ``x``; nothing is computed and nothing is committed."""
-    global _recording
+    global _recording, _recorder
     if not hasattr(norm, "spec"):
         raise TypeError(
             f"explain: {type(norm).__module__}.{type(norm).__qualname__} is not a normkit layer.\n"
             "  make one with nk.create(...), or use the class of the same name in normkit"
         )
     calls: list[Call] = []
-    _recording = calls
-    try:
-        norm.forward(x) if residual is None else norm.forward(x, residual=residual)
-    except _Recorded:
-        pass
-    finally:
-        _recording = None
+    with _one_at_a_time:
+        _recording, _recorder = calls, threading.get_ident()
+        try:
+            norm.forward(x) if residual is None else norm.forward(x, residual=residual)
+        except _Recorded:
+            pass
+        finally:
+            _recording = None
     return calls[0]
 
 

@@ -35,8 +35,9 @@ class Moments:
             raise ValueError("Moments.measure: no axis to pool over; name at least one")
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         if mask is None:
-            count = torch.tensor(float(_pooled(x, axes)), dtype=torch.float64, device=x.device)
-            if not count:
+            pooled = _pooled(x, axes)
+            count = torch.full((), pooled, dtype=torch.float64, device=x.device)
+            if not pooled:
                 empty = x.sum(axes)
                 return cls(count, empty, empty)
             mean = x.mean(axes, keepdim=True)

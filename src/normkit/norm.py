@@ -11,7 +11,6 @@ from torch.fx import Proxy
 from torch.nn.parameter import is_lazy
 
 from normkit import dispatch, epilogue
-from normkit.statistics.running import RunningStatistics
 from normkit.vocabulary.spec import Spec, register
 
 
@@ -54,7 +53,7 @@ class Norm(nn.Module):
 
     def reset_parameters(self) -> None:
         """Weight 1, bias 0, running statistics as new."""
-        if isinstance(self, RunningStatistics):
+        if hasattr(self, "reset_running_stats"):
             self.reset_running_stats()
         for name, value in (("weight", 1.0), ("bias", 0.0)):
             parameter = getattr(self, name, None)

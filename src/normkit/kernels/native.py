@@ -23,7 +23,7 @@ every size that was timed so far; with a residual or an activation torch needs s
 SMALL_FUSED = 4096
 """The same for a norm that is followed by a residual or an activation."""
 _PLAIN = (Tensor, torch.nn.Parameter)
-_SECOND, _BOTH = 2, 3  # steps of a backward pass: the sums come first, the gradients of the inputs second
+_FIRST, _SECOND, _BOTH = 1, 2, 3  # steps of a backward pass: the sums come first, the gradients of the inputs second
 
 
 def reasons_against(call: Call) -> list[str]:
@@ -64,7 +64,7 @@ def torch_is_faster(over: str | None, center: bool, elements: int, fused: bool) 
 def reluctance(call: Call) -> list[str]:
     """Why the compiled kernels will not run a call that they could run, unless asked for by name."""
     fused = call.residual is not None or call.activation is not None
-    if torch_is_faster(call.over, call.spec.center, call.x.numel(), fused):
+    if not call.merged and torch_is_faster(call.over, call.spec.center, call.x.numel(), fused):
         return ["torch's operator was faster for this norm at this size"]
     return []
 

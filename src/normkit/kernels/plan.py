@@ -29,6 +29,8 @@ class Plan:
     strides: tuple[int, ...]
     number: torch.dtype
     """Of means, inverse deviations and sums."""
+    weight_type: torch.dtype
+    """Of weight and bias, and of their gradients."""
     statistics: int
     bits: int
     """Bytes of the mask that a backward pass needs."""
@@ -108,10 +110,11 @@ def _make(call: Call, activation: str | None, slope: float) -> Plan | str:
     channels = work.c * (work.groups if work.shape == "rows" else 1)
     if any(t is not None and t.numel() != channels for t in (weight, bias, call.running_mean, call.running_var)):
         return f"weight, bias and running statistics must have {channels} values each"
+    weight_type = next((t.dtype for t in (weight, bias) if t is not None), number)
     kernel = loading.module.Kernel(
         SHAPES[work.shape],
         TYPES[x.dtype],
-        TYPES[number if weight is None and bias is None else (weight if weight is not None else bias).dtype],  # type: ignore[union-attr]
+        TYPES[weight_type],
         ACTIVATIONS[activation],
         slope,
         call.residual is not None,
@@ -129,6 +132,7 @@ def _make(call: Call, activation: str | None, slope: float) -> Plan | str:
         work=work,
         strides=x.stride(),
         number=number,
+        weight_type=weight_type,
         statistics=kernel.statistics,
         bits=kernel.bits,
         gate=activation is not None and not kernel.bits,

@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from normkit.dispatch import normalize
 from normkit.epilogue import Activation
-from normkit.norm import Norm, traced_as_call, unambiguous
-from normkit.statistics.running import LazyFeatures, RunningStatistics, as_statistics, commit
+from normkit.norm import Norm, traced_as_call
+from normkit.statistics.application import Application, normalise, train
+from normkit.statistics.batch import PLAIN
+from normkit.statistics.buffers import Kept, LazyFeatures, RunningStatistics, as_statistics
+from normkit.statistics.masking import as_mask
+from normkit.statistics.policy import PREFIX, Policy, begin
 from normkit.vocabulary.spec import Spec
 
 SPEC = Spec(
@@ -80,95 +82,86 @@ def batch_norm(
     """
     if isinstance(x, Proxy):
         return traced_as_call(batch_norm, locals())
-    details = {"eps": eps, "residual": residual, "activation": activation, "backend": backend}
+    details = {"residual": residual, "activation": activation, "backend": backend}
     if not training or running_mean is None or running_var is None:
-        return _call(x, running_mean, running_var, weight, bias, training, momentum, details)
-    return _train(x, (running_mean, running_var), weight, bias, momentum, None, details)[0]
-
-
-def _train(
-    x: Tensor,
-    running: tuple[Tensor, Tensor],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    momentum: float,
-    share: Tensor | None,
-    details: dict[str, Any],
-) -> tuple[Tensor, Tensor | bool | None]:
-    """Normalise by the batch, then let its moments into the running statistics if they are finite."""
-    mean, var = running[0].clone(), running[1].clone()
-    y = _call(x, mean, var, weight, bias, True, momentum, details)
-    return y, commit(running, (mean, var), weight=share)
-
-
-def _call(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float,
-    details: dict[str, Any],
-) -> Tensor:
-    weight, bias = as_statistics(running_mean, weight, bias)
-
-    def by_torch() -> Tensor:
-        mean, var = running_mean, running_var
-        if not training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # The backward pass reads them again, and a training step in between moves the originals.
-            mean, var = (kept if kept is None else kept.clone() for kept in (mean, var))
-        return unambiguous(F.batch_norm(x, mean, var, weight, bias, training, momentum, eps=details["eps"]))
-
-    return normalize(
-        SPEC,
-        x,
-        weight,
-        bias,
-        by_torch=by_torch,
-        running_mean=running_mean,
-        running_var=running_var,
-        batch_statistics=training,
-        momentum=momentum,
-        **details,
-    )
+        return normalise(
+            SPEC, x, running_mean, running_var, weight, bias, by_batch=training, momentum=momentum, eps=eps, **details
+        )
+    return train(SPEC, x, Kept(running_mean, running_var, momentum), weight, bias, eps, **details)
 
 
 class _BatchNorm(Norm, RunningStatistics):
     """Forward and options of batch norm; the classes below add torch's class of each dimension."""
 
-    def forward(self, input: Tensor, *, residual: Tensor | None = None) -> Tensor:
-        """(n, c, s...) -> (n, c, s...); ``residual`` (same shape) is added before the activation."""
-        self._check_input_dim(input)
-        details = {
-            "eps": self.eps,
-            "residual": residual,
-            "activation": self.activation,
-            "backend": self.backend,
-        }
-        mean, var = self.running_mean, self.running_var
-        if self.training and not self.track_running_stats:
-            mean = var = None
-        if not self.training or mean is None or var is None:
-            by_batch = self.training or (mean is None and var is None)
-            return _call(input, mean, var, self.weight, self.bias, by_batch, 0.0, details)
-        momentum, share = self._pace()
-        y, moved = _train(input, (mean, var), self.weight, self.bias, momentum, share, details)
-        self._count(moved)
-        return y
+    statistics: Policy
 
-    def _pace(self) -> tuple[float, Tensor | None]:
-        """What torch's operator gets for ``momentum``, and the share of its result that is let in (``None``: all)."""
-        if self.momentum is not None:
-            return self.momentum, None
-        if self.num_batches_tracked is None:
-            return 0.0, None
-        # The average over all batches. A tensor: nothing waits for the device, and torch.compile sees one graph.
-        return 1.0, 1.0 / (self.num_batches_tracked + 1).to(self.running_var.dtype)  # type: ignore[union-attr]
+    def forward(
+        self,
+        input: Tensor,
+        *,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+        lengths: Tensor | None = None,
+        step: int | None = None,
+    ) -> Tensor:
+        """(n, c, s...) -> (n, c, s...).
+
+        Args:
+            input: (n, c, s...).
+            residual: of the same shape; added before the activation.
+            mask: of bool, True where an element counts: (n, s...), or any shape with as many axes as the input that
+                broadcasts to it. Masked elements influence no statistic and no gradient; the output is 0 there.
+            lengths: (n,) or (n, axes of space): the mask of samples that are padded at the end.
+            step: of a recurrent network, with ``statistics=PerStep(...)``.
+        """
+        self._check_input_dim(input)
+        if self.statistics != PLAIN or mask is not None or lengths is not None or step is not None:
+            return self._by_policy(input, residual, mask, lengths, step)
+        details = {"residual": residual, "activation": self.activation, "backend": self.backend}
+        learning = self.training and not self.frozen
+        if learning and (kept := self.kept()) is not None:
+            return train(SPEC, input, kept, self.weight, self.bias, self.eps, **details)
+        mean, var = (None, None) if learning else (self.running_mean, self.running_var)
+        by_batch = mean is None and var is None
+        return normalise(
+            SPEC, input, mean, var, self.weight, self.bias, by_batch=by_batch, momentum=0.0, eps=self.eps, **details
+        )
+
+    def _by_policy(
+        self, x: Tensor, residual: Tensor | None, mask: Tensor | None, lengths: Tensor | None, step: int | None
+    ) -> Tensor:
+        space = tuple(range(2, x.dim()))
+        mask = as_mask(x, mask, lengths, axes=space, what=type(self).__name__)
+        if mask is not None:
+            x = torch.where(mask, x, 0)
+        weight, bias = as_statistics(self.running_mean, self.weight, self.bias)
+        kept = self.statistics.kept(self, step)
+        call = Application(self, x, weight, bias, mask, residual, step, kept)
+        if self.training and not self.frozen:
+            return self.statistics.train(call)
+        return self.statistics.evaluate(call)
+
+    def _set_policy(self, statistics: Policy | None) -> None:
+        self.statistics = PLAIN if statistics is None or statistics == PLAIN else statistics
+        if not isinstance(self.statistics, Policy):
+            raise TypeError(
+                f"{type(self).__name__}: statistics={statistics!r} is no policy.\n"
+                "  give one of normkit.statistics, such as normkit.statistics.Ghost(32), or None"
+            )
+        self.statistics.check(self)
+        self._add_state()
+
+    def _add_state(self) -> None:
+        """The further buffers of the policy, once the number of channels is known."""
+        if self.num_features and (state := self.statistics.state(self)) is not None:
+            self.add_module(PREFIX, state)
+            self.register_load_state_dict_post_hook(begin)
 
     def _extra_options(self) -> list[str]:
-        narrow = ["low_precision_buffers=True"] if self.low_precision_buffers else []
-        return [*super()._extra_options(), *narrow]
+        own = [] if self.statistics == PLAIN else [f"statistics={self.statistics!r}"]
+        own += ["frozen=True"] if self.frozen else []
+        own += ["low_precision_buffers=True"] if self.low_precision_buffers else []
+        return [*super()._extra_options(), *own]
 
 
 class _Sized(_BatchNorm):
@@ -188,15 +181,22 @@ class _Sized(_BatchNorm):
         activation: Activation | type[nn.Module] = None,
         backend: str | None = None,
         low_precision_buffers: bool = False,
+        statistics: Policy | None = None,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         self._set_bias(bias)
         self._set_statistics(low_precision_buffers)
+        self._set_policy(statistics)
         self._set_options(activation, backend)
 
 
 class _Lazy(LazyFeatures, _BatchNorm):
     """Takes the number of channels from the first input."""
+
+    def initialize_parameters(self, input: Tensor, **rest: Any) -> None:
+        """As for every lazy layer; then the policy's buffers."""
+        super().initialize_parameters(input, **rest)
+        self._add_state()
 
     def __init__(
         self,
@@ -211,10 +211,12 @@ class _Lazy(LazyFeatures, _BatchNorm):
         activation: Activation | type[nn.Module] = None,
         backend: str | None = None,
         low_precision_buffers: bool = False,
+        statistics: Policy | None = None,
     ) -> None:
         super().__init__(eps, momentum, affine, track_running_stats, device, dtype)
         self._set_bias(bias)
         self._set_statistics(low_precision_buffers)
+        self._set_policy(statistics)
         self._set_options(activation, backend)
 
 
@@ -238,8 +240,11 @@ class BatchNorm2d(_Sized, nn.BatchNorm2d, spec=SPEC, dim=2):
             module of the layer.
         backend: see :func:`normkit.backend`.
         low_precision_buffers: let ``.half()`` and ``.bfloat16()`` cast the running statistics, as torch does.
+        statistics: which statistics normalise, and what enters the running ones: a policy of
+            :mod:`normkit.statistics`; ``None`` is the mini-batch's.
 
-    Shapes: input, ``residual`` and output (n, c, h, w). ``forward(input, *, residual=None)``.
+    Shapes: input, ``residual`` and output (n, c, h, w). ``forward(input, *, residual=None, mask=None, lengths=None,
+    step=None)``: the mask (True: keep) or the lengths of padded samples; the step with ``statistics=PerStep(...)``.
 
     Raises:
         ValueError: an input with another number of axes; one value per channel in training; a residual of another

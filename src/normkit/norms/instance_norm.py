@@ -12,7 +12,7 @@ from torch.fx import Proxy
 from normkit.dispatch import normalize
 from normkit.epilogue import Activation
 from normkit.norm import Norm, traced_as_call, unambiguous
-from normkit.statistics.running import LazyFeatures, RunningStatistics, as_statistics, commit
+from normkit.statistics.buffers import Kept, LazyFeatures, RunningStatistics, as_statistics
 from normkit.vocabulary.spec import Spec
 
 SPEC = Spec(
@@ -82,21 +82,15 @@ def instance_norm(
     details = {"eps": eps, "residual": residual, "activation": activation, "backend": backend}
     if not use_input_stats or running_mean is None or running_var is None:
         return _call(x, running_mean, running_var, weight, bias, use_input_stats, momentum, details)
-    return _train(x, (running_mean, running_var), weight, bias, momentum, details)[0]
+    return _train(x, Kept(running_mean, running_var), weight, bias, momentum, details)
 
 
-def _train(
-    x: Tensor,
-    running: tuple[Tensor, Tensor],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    momentum: float,
-    details: dict,
-) -> tuple[Tensor, Tensor | bool | None]:
+def _train(x: Tensor, kept: Kept, weight: Tensor | None, bias: Tensor | None, momentum: float, details: dict) -> Tensor:
     """Normalise by the input, then let its moments into the running statistics if they are finite."""
-    mean, var = running[0].clone(), running[1].clone()
+    mean, var = kept.mean.clone(), kept.var.clone()
     y = _call(x, mean, var, weight, bias, True, momentum, details)
-    return y, commit(running, (mean, var))
+    kept.commit((mean, var))
+    return y
 
 
 def _call(
@@ -161,14 +155,14 @@ class _InstanceNorm(Norm, RunningStatistics):
             "activation": self.activation,
             "backend": self.backend,
         }
-        mean, var = self.running_mean, self.running_var
-        by_input = self.training or not self.track_running_stats
+        by_input = (self.training and not self.frozen) or not self.track_running_stats
         momentum = 0.0 if self.momentum is None else self.momentum
-        if not by_input or mean is None or var is None:
+        kept = self.kept() if by_input else None
+        if kept is None:
+            mean, var = self.running_mean, self.running_var
             return _call(input, mean, var, self.weight, self.bias, by_input, momentum, details)
-        y, moved = _train(input, (mean, var), self.weight, self.bias, momentum, details)
-        self._count(moved, tracked=False)  # torch's instance norm does not count its batches
-        return y
+        kept.tracked = None  # torch's instance norm does not count its batches
+        return _train(input, kept, self.weight, self.bias, momentum, details)
 
     def _complain(self, channels: int, axis: int) -> None:
         sizes = f"input's size at dim={axis}"

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 from normkit import norms  # noqa: F401  # the registry is full once they are imported
 from normkit.norm import Norm
-from normkit.statistics.running import NAMES
+from normkit.statistics.buffers import NAMES
 from normkit.vocabulary.spec import REGISTRY
 
 _STORES = ("_parameters", "_buffers", "_modules")

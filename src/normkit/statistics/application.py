@@ -1,0 +1,212 @@
+"""One call of a batch norm, and the ways in which a policy may carry it out.
+
+``by_batch`` is plain batch norm, on the fused kernels. ``by_given`` normalises by statistics that are constants.
+``pooled`` measures units, merges them as a :class:`~normkit.statistics.pooling.Pooling` says, and normalises each unit
+by the result: on the phases of the kernels where these run, otherwise in torch's operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from normkit import epilogue
+from normkit.dispatch import Call, normalize, phases
+from normkit.moments import Moments
+from normkit.norm import unambiguous
+from normkit.statistics.buffers import Kept, as_statistics
+from normkit.statistics.pooling import Pooling, Whole
+from normkit.vocabulary.spec import Spec
+
+Correction = Callable[[Moments], tuple[Tensor, Tensor]]
+"""Merged moments -> factor and offset of the normalised value, both (c,), both constants for the gradient."""
+
+
+def normalise(
+    spec: Spec,
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    by_batch: bool,
+    momentum: float,
+    eps: float,
+    **details: Any,
+) -> Tensor:
+    """Batch norm by the batch (the running statistics move in place) or by the running statistics, on any backend."""
+    weight, bias = as_statistics(running_mean, weight, bias)
+
+    def by_torch() -> Tensor:
+        mean, var = running_mean, running_var
+        if not by_batch and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # The backward pass reads them again, and a training step in between moves the originals.
+            mean, var = (kept if kept is None else kept.clone() for kept in (mean, var))
+        return unambiguous(F.batch_norm(x, mean, var, weight, bias, by_batch, momentum, eps=eps))
+
+    return normalize(
+        spec,
+        x,
+        weight,
+        bias,
+        by_torch=by_torch,
+        running_mean=running_mean,
+        running_var=running_var,
+        batch_statistics=by_batch,
+        momentum=momentum,
+        eps=eps,
+        **details,
+    )
+
+
+def train(
+    spec: Spec, x: Tensor, kept: Kept, weight: Tensor | None, bias: Tensor | None, eps: float, **details: Any
+) -> Tensor:
+    """Normalise by the batch, then let its moments into the running statistics.
+
+    The operator works on clones: a recomputing forward must save the same tensors as the first one, whether or not the
+    statistics move afterwards.
+    """
+    momentum, share = kept.pace(lambda: values_per_channel(x))
+    mean, var = kept.mean.clone(), kept.var.clone()
+    y = normalise(spec, x, mean, var, weight, bias, by_batch=True, momentum=momentum, eps=eps, **details)
+    if kept.pending is not None:
+        count = torch.full((), values_per_channel(x), dtype=torch.float64, device=x.device)
+        kept.observe(Moments(count, mean, var * (count - 1).to(var.dtype)))
+    elif share is None:
+        kept.commit((mean, var))
+    else:
+        kept.commit((mean, var), share=share, count=values_per_channel(x))
+    return y
+
+
+def values_per_channel(x: Tensor) -> int:
+    """How many values of (n, c, s...) share one mean."""
+    return x.shape[0] * x.shape[2:].numel()
+
+
+@dataclass(slots=True)
+class Application:
+    """One call of a layer."""
+
+    layer: Any
+    x: Tensor
+    """(n, c, s...); 0 where the mask says that nothing counts."""
+    weight: Tensor | None
+    bias: Tensor | None
+    mask: Tensor | None = None
+    """Broadcasts against ``x``; True where an element counts."""
+    residual: Tensor | None = None
+    step: int | None = None
+    """Of a recurrent network."""
+    kept: Kept | None = None
+    """Where the statistics of this batch go; ``None``: the layer keeps none."""
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """What follows the affine step, and the backend that was asked for."""
+        return {"residual": self.residual, "activation": self.layer.activation, "backend": self.layer.backend}
+
+    def by_batch(self) -> Tensor:
+        """Plain batch norm; the batch's moments enter the running statistics."""
+        if self.mask is not None:
+            return self.pooled(Whole())
+        spec, eps = self.layer.spec, self.layer.eps
+        if self.kept is None:
+            return normalise(
+                spec, self.x, None, None, self.weight, self.bias, by_batch=True, momentum=0.0, eps=eps, **self.details
+            )
+        return train(spec, self.x, self.kept, self.weight, self.bias, eps, **self.details)
+
+    def by_given(self, mean: Tensor, var: Tensor) -> Tensor:
+        """Normalise by these, (c,) each, as if they were constants; nothing enters the running statistics."""
+        spec, eps = self.layer.spec, self.layer.eps
+        y = normalise(
+            spec, self.x, mean, var, self.weight, self.bias, by_batch=False, momentum=0.0, eps=eps, **self.details
+        )
+        return self.masked(y)
+
+    def observe(self) -> None:
+        """Let the moments of the batch into the running statistics."""
+        if self.kept is not None and not self.kept.held:
+            with torch.no_grad():
+                self.kept.observe(self.measure())
+
+    def measure(self, *, per_sample: bool = False) -> Moments:
+        """The moments of every channel, (c,), or of every channel of every sample, (n, c). Differentiable."""
+        axes = tuple(axis for axis in range(self.x.dim()) if axis != 1 and not (per_sample and axis == 0))
+        if not axes:  # one value each
+            wide = self.x.to(torch.promote_types(self.x.dtype, torch.float32))
+            return Moments(self._counts(wide), wide, wide * 0)
+        return Moments.measure(self.x, axes, self.mask)
+
+    def _counts(self, wide: Tensor) -> Tensor:
+        if self.mask is None:
+            return torch.ones((), dtype=torch.float64, device=wide.device)
+        return self.mask.expand_as(wide).double()
+
+    def pooled(self, pooling: Pooling, *, correct: Correction | None = None) -> Tensor:
+        """Normalise every unit by the merged moments; they enter the running statistics."""
+        _refuse_single(self, pooling)
+        run = phases(self._call(pooling), self.layer.backend)
+        y, observed = self.composite(pooling, correct) if run is None else run(self, pooling, correct)
+        if self.kept is not None:
+            self.kept.observe(observed)
+        return self.masked(y)
+
+    def composite(
+        self, pooling: Pooling, correct: Correction | None = None, *, fused: bool = True
+    ) -> tuple[Tensor, Moments]:
+        """The same in torch's operators, under torch's autograd; ``fused``: with what follows the affine step."""
+        own = self.measure(per_sample=pooling.per_sample)
+        merged = pooling.merge(own)
+        z = self.affine(merged.mean, merged.m2 / merged.count.clamp(min=1), correct and correct(merged))
+        y = z.to(self.x.dtype)
+        if fused:
+            y = epilogue.apply(y, self.residual, self.layer.activation)
+        with torch.no_grad():
+            return y, pooling.observed(own, merged)
+
+    def affine(self, mean: Tensor, var: Tensor, correction: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """``(x - mean) / sqrt(var + eps)``, corrected, scaled and shifted; (c,) or (n, c) each; float32 or better."""
+        wide = self.x.to(torch.promote_types(self.x.dtype, torch.float32))
+        spread = lambda t: t.to(wide.dtype).reshape(*(t.shape if t.dim() == 2 else (1, -1)), *[1] * (wide.dim() - 2))
+        z = (wide - spread(mean)) * spread(torch.rsqrt(var + self.layer.eps))
+        if correction is not None:
+            factor, offset = correction
+            z = z * spread(factor) + spread(offset)
+        if self.weight is not None:
+            z = z * spread(self.weight)
+        if self.bias is not None:
+            z = z + spread(self.bias)
+        return z
+
+    def masked(self, y: Tensor) -> Tensor:
+        """0 where nothing counts: so no gradient comes in there either."""
+        return y if self.mask is None else torch.where(self.mask, y, 0)
+
+    def _call(self, pooling: Pooling) -> Any:
+        return Call(
+            self.layer.spec,
+            self.x,
+            self.weight,
+            self.bias,
+            by_torch=lambda: self.composite(pooling)[0],
+            eps=self.layer.eps,
+            over="n c [s...]" if pooling.per_sample else None,
+            residual=self.residual,
+            activation=self.layer.activation,
+            merged=True,
+        )
+
+
+def _refuse_single(call: Application, pooling: Pooling) -> None:
+    """One value per channel has no deviation: refused in torch's words, as plain batch norm does."""
+    if type(pooling) is Whole and call.mask is None and values_per_channel(call.x) == 1 and call.layer.training:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {call.x.shape}")
