@@ -1,0 +1,69 @@
+"""Several runs of ``normkit bench`` -> one small table: how many times as fast as torch, by op, type and layout."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from normkit.report import numbers as n
+from normkit.report.document import Table
+
+Record = dict[str, Any]
+Cell = tuple[str, str, str, tuple[int, ...]]
+COLUMNS = (
+    ("float32", "contiguous"),
+    ("float32", "channels_last"),
+    ("bfloat16", "contiguous"),
+    ("bfloat16", "channels_last"),
+)
+
+
+def table(runs: Sequence[Sequence[Record]], allocator: str, *, against: str = "torch", caption: str = "") -> Table:
+    """One row per op; in each cell the geometric mean over shapes, and the least and greatest shape.
+
+    Args:
+        runs: the records of each run. Of a shape that several runs measured, the median counts.
+        allocator: ``default`` or ``pinned``.
+        against: ``torch``, or another implementation that was timed in the same rounds.
+        caption: of the table.
+    """
+    cells = speedups(runs, allocator, against)
+    ops = list(dict.fromkeys(op for op, _, _, _ in cells))
+    rows = []
+    for op in ops:
+        row = [op]
+        for dtype, layout in COLUMNS:
+            values = [value for (o, d, where, _), value in cells.items() if (o, d, where) == (op, dtype, layout)]
+            row.append(_cell(values))
+        rows.append(row)
+    header = ["op", *(f"{dtype}, {layout.replace('_', ' ')}" for dtype, layout in COLUMNS)]
+    return Table(header, rows, caption, frozenset(range(1, 1 + len(COLUMNS))))
+
+
+def speedups(runs: Sequence[Iterable[Record]], allocator: str, against: str = "torch") -> dict[Cell, float]:
+    """By op, type, layout and shape: the median over the runs of how many times normkit is as fast, both passes."""
+    found: dict[Cell, list[float]] = {}
+    for records in runs:
+        own: dict[Cell, dict[str, float]] = {}
+        for r in records:
+            if r.get("kind") != "op" or r.get("state") != "measured" or r.get("allocator") != allocator:
+                continue
+            cell = (r["op"], r["dtype"], r["layout"], tuple(r["shape"]))
+            ratio = 1.0 if r["implementation"] == "torch" else r["step"].get("speedup", {}).get("value")
+            if ratio:
+                own.setdefault(cell, {})[r["implementation"]] = ratio
+        for cell, ratios in own.items():
+            if "normkit" in ratios and against in ratios:
+                found.setdefault(cell, []).append(ratios["normkit"] / ratios[against])
+    return {cell: statistics.median(values) for cell, values in found.items()}
+
+
+def _cell(values: Sequence[float]) -> str:
+    if not values:
+        return n.NOTHING
+    mean = math.exp(statistics.fmean(map(math.log, values)))
+    if len(values) == 1:
+        return f"{n.factor(mean)}×"
+    return f"{n.factor(mean)}× ({n.factor(min(values))} to {n.factor(max(values))})"

@@ -1,0 +1,50 @@
+"""The small table of several benchmark runs, on records made by hand with a known answer."""
+
+from __future__ import annotations
+
+import pytest
+
+from normkit.report.bench_summary import speedups, table
+
+
+def record(shape, implementation, ratio=None, **other):
+    step = {"ms": 1.0} if ratio is None else {"ms": 1.0, "speedup": {"value": ratio}}
+    return {
+        "kind": "op",
+        "state": "measured",
+        "allocator": "default",
+        "op": "batch_norm+relu",
+        "dtype": "float32",
+        "layout": "contiguous",
+        "shape": shape,
+        "implementation": implementation,
+        "step": step,
+        **other,
+    }
+
+
+def run(*ratios):
+    """Shapes (1,), (2,) ... with normkit so many times as fast, and torch.compile twice as fast as torch."""
+    records = []
+    for index, ratio in enumerate(ratios, start=1):
+        records += [record([index], "torch"), record([index], "torch.compile", 2.0), record([index], "normkit", ratio)]
+    return records
+
+
+def test_a_cell_is_the_geometric_mean_over_shapes_of_the_median_over_runs():
+    runs = [run(2.0, 7.0), run(1.0, 8.0), run(50.0, 9.0)]  # medians 2 and 8, geometric mean 4
+    (row,) = table(runs, "default").rows
+    assert row[:2] == ["batch_norm+relu", "4.0× (2.0 to 8.0)"]
+    assert row[2:] == ["–"] * 3
+
+
+def test_another_implementation_is_compared_within_the_same_run():
+    assert speedups([run(2.0, 8.0)], "default", "torch.compile") == {
+        ("batch_norm+relu", "float32", "contiguous", (1,)): pytest.approx(1.0),
+        ("batch_norm+relu", "float32", "contiguous", (2,)): pytest.approx(4.0),
+    }
+
+
+@pytest.mark.parametrize("other", [{"state": "refused"}, {"allocator": "pinned"}, {"kind": "model"}])
+def test_what_was_refused_or_measured_otherwise_is_not_in_it(other):
+    assert speedups([[record([1], "torch"), record([1], "normkit", 3.0, **other)]], "default") == {}
