@@ -18,13 +18,14 @@ from typing import Any
 
 import normkit as nk
 from normkit.laws import LAWS
+from normkit.report import bench_summary
 from normkit.report.words import verdict
 from normkit.vocabulary.record import read_lines
 from normkit.vocabulary.spec import REGISTRY, Family, Spec
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = "python docs/generate.py"
-NORMS, RESULTS, CALL = "norms", "results", "call"
+NORMS, RESULTS, SPEED, CALL = "norms", "results", "speed", "call"
 """What README.md and docs/benchmarks.md have marks for: ``<!-- norms:begin -->`` and ``<!-- norms:end -->``."""
 HOLDS, BROKEN = "✓", ""
 RESTORES = "restores"
@@ -33,6 +34,8 @@ RECORDS = Path("records") / "compare"
 TASKS = ("digits", "digits-relu", "digits-cnn")
 """In the order of the README."""
 OVERHEAD = Path("records") / "bench" / "overhead"
+SPEEDS = Path("records") / "bench" / "cpu"
+"""One directory per run of the benchmark."""
 UNMEASURED = f"No record of a quiet machine is committed yet; `normkit bench --op overhead --out {OVERHEAD}` makes one."
 
 
@@ -199,6 +202,27 @@ def cost_of_a_call(root: Path) -> str:
     )
 
 
+def speed(root: Path) -> str:
+    """How many times as fast as torch, by op, type and layout, from the committed runs of the benchmark."""
+    files = sorted((root / SPEEDS).glob("*/bench.jsonl"))
+    if not files:
+        return ""
+    runs = [read_lines(file) for file in files]
+    made = runs[0][0]
+    parts = []
+    for allocator, words in (("default", "as the C library is by default"), ("pinned", "`nk.tune_allocator()`")):
+        found = bench_summary.table(runs, allocator)
+        parts += [f"Memory {words}:", table(found.header, found.rows)]
+    times = "one run" if len(runs) == 1 else f"the median of {len(runs)} runs"
+    parts.append(
+        "Forward and backward, times as fast as torch's own layer with in-place addition and ReLU: geometric mean over "
+        f"shapes (least to greatest), {times}. {made['processor']}, {made['threads of torch']} threads, instruction "
+        f"set {made['compiled kernels'].split(',')[0]}, torch {made['torch']}: `{made['command']}`. Every shape, and "
+        f"torch.compile beside it: [{SPEEDS}]({SPEEDS})."
+    )
+    return "\n\n".join(parts)
+
+
 def _microseconds(record: dict[str, Any] | None, part: str) -> str:
     return "" if record is None else f"{_busy(record)}{record[part]['extra_us']['value']:+.1f} µs"
 
@@ -224,7 +248,8 @@ def between_marks(page: str, text: str, name: str, content: str) -> str:
 def readme(text: str) -> str:
     """``text`` with the table of norms and the results of the committed records between their marks."""
     text = between_marks("README.md", text, NORMS, law_table("docs/norms.md"))
-    return between_marks("README.md", text, RESULTS, results(ROOT))
+    text = between_marks("README.md", text, RESULTS, results(ROOT))
+    return between_marks("README.md", text, SPEED, speed(ROOT))
 
 
 def benchmarks(text: str) -> str:
