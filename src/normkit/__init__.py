@@ -36,11 +36,12 @@ from normkit.norms.instance_norm import (
 )
 from normkit.norms.layer_norm import LayerNorm
 from normkit.norms.rms_norm import RMSNorm
+from normkit.statistics.contexts import accumulate_statistics, statistics_frozen
 from normkit.vocabulary.spec import Spec
 
 if _TYPE_CHECKING:
     from normkit import lab
-    from normkit.surgery import accelerate_
+    from normkit.surgery import accelerate_, freeze_, unfreeze_
     from normkit.vocabulary.certificate import Certificate
 
 __version__ = "0.1.0.dev0"
@@ -69,15 +70,19 @@ __all__ = [
     "Spec",
     "__version__",
     "accelerate_",
+    "accumulate_statistics",
     "backend",
     "create",
     "explain",
     "factory",
+    "freeze_",
     "functional",
     "lab",
     "laws",
     "list_norms",
+    "statistics_frozen",
     "tune_allocator",
+    "unfreeze_",
 ]
 
 del _torch
@@ -86,6 +91,8 @@ del _torch
 _LATER = {
     "lab": "normkit.lab",  # experiments need the extra packages of normkit[lab]
     "accelerate_": "normkit.surgery",
+    "freeze_": "normkit.surgery",
+    "unfreeze_": "normkit.surgery",
     "Certificate": "normkit.vocabulary.certificate",
 }
 """What a model with these layers can do without: loaded on first use, so that importing normkit stays cheap."""

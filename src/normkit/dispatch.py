@@ -175,6 +175,11 @@ def count(counter: Tensor) -> None:
     native.count(counter)
 
 
+def may_be_read(number: Tensor) -> bool:
+    """Whether Python may look at a number now: it is on the CPU, and nobody records or transforms the operators."""
+    return number.is_cpu and not halves.watched()
+
+
 def _torch_is_alone() -> bool:
     """No kernel has a say: none is there, or a compiler is looking and wants torch's operators."""
     if torch.compiler.is_compiling():

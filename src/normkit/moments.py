@@ -70,6 +70,15 @@ class Moments:
             total = total.merge(part)
         return total
 
+    def together(self) -> Moments:
+        """The moments of all entries of the first axis together: (n, c) -> (c,)."""
+        count = self.count.expand(self.mean.shape)
+        total = count.sum(0)
+        number = self.mean.dtype
+        mean = ((count / total.clamp(min=1)).to(number) * self.mean).sum(0)
+        m2 = (self.m2 + count.to(number) * (self.mean - mean).square()).sum(0)
+        return Moments(total, mean, m2)
+
     def exchange(self, process_group: dist.ProcessGroup | None = None) -> Moments:
         """The moments over all ranks; every rank gets the same. O(channels) bytes whatever the number of ranks.
 
@@ -88,6 +97,10 @@ class Moments:
     def var(self, correction: int = 0) -> Tensor:
         """Variance; ``correction=1`` is the unbiased one that torch keeps in ``running_var``. 0 / 0 is NaN."""
         return self.m2 / (self.count - correction).clamp(min=0).to(self.m2.dtype)
+
+    def unbiased(self) -> tuple[Tensor, Tensor]:
+        """What running statistics take in: the mean and the unbiased variance, cut off from the graph."""
+        return self.mean.detach(), self.var(1).detach()
 
 
 def _pooled(x: Tensor, axes: tuple[int, ...]) -> int:

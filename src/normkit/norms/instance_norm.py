@@ -11,6 +11,7 @@ from torch.fx import Proxy
 
 from normkit.dispatch import normalize
 from normkit.epilogue import Activation
+from normkit.moments import Moments
 from normkit.norm import Norm, traced_as_call, unambiguous
 from normkit.statistics.buffers import Kept, LazyFeatures, RunningStatistics, as_statistics
 from normkit.vocabulary.spec import Spec
@@ -82,14 +83,19 @@ def instance_norm(
     details = {"eps": eps, "residual": residual, "activation": activation, "backend": backend}
     if not use_input_stats or running_mean is None or running_var is None:
         return _call(x, running_mean, running_var, weight, bias, use_input_stats, momentum, details)
-    return _train(x, Kept(running_mean, running_var), weight, bias, momentum, details)
+    return _train(x, Kept(running_mean, running_var, momentum), weight, bias, details)
 
 
-def _train(x: Tensor, kept: Kept, weight: Tensor | None, bias: Tensor | None, momentum: float, details: dict) -> Tensor:
+def _train(x: Tensor, kept: Kept, weight: Tensor | None, bias: Tensor | None, details: dict) -> Tensor:
     """Normalise by the input, then let its moments into the running statistics if they are finite."""
+    momentum, _ = kept.pace(lambda: x.shape[0])
     mean, var = kept.mean.clone(), kept.var.clone()
     y = _call(x, mean, var, weight, bias, True, momentum, details)
-    kept.commit((mean, var))
+    if kept.pending is None:
+        kept.commit((mean, var))
+    else:  # averages over the samples: of their means, and of their variances
+        samples = torch.full((), x.shape[0], dtype=torch.float64, device=x.device)
+        kept.observe(Moments(samples, mean, var * samples.to(var.dtype)))
     return y
 
 
@@ -156,13 +162,18 @@ class _InstanceNorm(Norm, RunningStatistics):
             "backend": self.backend,
         }
         by_input = (self.training and not self.frozen) or not self.track_running_stats
-        momentum = 0.0 if self.momentum is None else self.momentum
         kept = self.kept() if by_input else None
         if kept is None:
-            mean, var = self.running_mean, self.running_var
+            mean, var, momentum = self.running_mean, self.running_var, self.momentum or 0.0
             return _call(input, mean, var, self.weight, self.bias, by_input, momentum, details)
-        kept.tracked = None  # torch's instance norm does not count its batches
-        return _train(input, kept, self.weight, self.bias, momentum, details)
+        return _train(input, kept, self.weight, self.bias, details)
+
+    def kept(self) -> Kept | None:
+        kept = super().kept()
+        if kept is not None:
+            kept.tracked = None  # torch's instance norm does not count its batches
+            kept.spread = False
+        return kept
 
     def _complain(self, channels: int, axis: int) -> None:
         sizes = f"input's size at dim={axis}"
@@ -178,8 +189,9 @@ class _InstanceNorm(Norm, RunningStatistics):
         )
 
     def _extra_options(self) -> list[str]:
-        narrow = ["low_precision_buffers=True"] if self.low_precision_buffers else []
-        return [*super()._extra_options(), *narrow]
+        own = ["frozen=True"] if self.frozen else []
+        own += ["low_precision_buffers=True"] if self.low_precision_buffers else []
+        return [*super()._extra_options(), *own]
 
 
 class _Sized(_InstanceNorm):

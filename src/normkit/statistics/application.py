@@ -76,13 +76,12 @@ def train(
     momentum, share = kept.pace(lambda: values_per_channel(x))
     mean, var = kept.mean.clone(), kept.var.clone()
     y = normalise(spec, x, mean, var, weight, bias, by_batch=True, momentum=momentum, eps=eps, **details)
-    if kept.pending is not None:
-        count = torch.full((), values_per_channel(x), dtype=torch.float64, device=x.device)
-        kept.observe(Moments(count, mean, var * (count - 1).to(var.dtype)))
-    elif share is None:
-        kept.commit((mean, var))
+    if kept.pending is not None or kept.also is not None:
+        count = values_per_channel(x)
+        total = torch.full((), count, dtype=torch.float64, device=x.device)
+        kept.observe(Moments(total, mean, var * max(count - 1, 0)))
     else:
-        kept.commit((mean, var), share=share, count=values_per_channel(x))
+        kept.commit((mean, var), share=share, count=values_per_channel(x) if kept.momentum is None else None)
     return y
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,29 +15,6 @@ from normkit.moments import Moments
 from normkit.statistics.recomputing import first_pass, recomputing
 
 NAMES = ("running_mean", "running_var")
-
-
-class Pending:
-    """Moments that wait for the optimizer's step: of micro-batches that belong to one update."""
-
-    def __init__(self) -> None:
-        self.moments: Moments | None = None
-
-    def add(self, moments: Moments) -> None:
-        """Merge in the moments of one micro-batch; not when it passes a second time, nor when it is not finite."""
-        moments = Moments(moments.count.detach(), moments.mean.detach(), moments.m2.detach())
-        finite = moments.m2.max().isfinite() if moments.m2.numel() else torch.tensor(True)
-        if torch.compiler.is_compiling():
-            first = first_pass(moments.m2)
-            finite = finite if first is None else finite & first
-        elif recomputing():
-            return
-        used = Moments(
-            torch.where(finite, moments.count, 0),
-            torch.where(finite, moments.mean, 0),
-            torch.where(finite, moments.m2, 0),
-        )
-        self.moments = used if self.moments is None else self.moments.merge(used)
 
 
 @dataclass(slots=True)
@@ -59,17 +37,26 @@ class Kept:
     """They stay as they are."""
     pending: Pending | None = None
     """They move when the optimizer steps."""
+    key: Any = None
+    """Which of the layer's statistics they are, where it keeps several: a step, a domain."""
+    also: Kept | None = None
+    """The layer's own, which the same moments enter, where these are of one step or domain."""
+    spread: bool = True
+    """The variance is that of all values together; otherwise the average of variances, as instance norm keeps it."""
 
-    def pace(self, count: Any) -> tuple[float, Tensor | None]:
+    def pace(self, count: Callable[[], int]) -> tuple[float, Tensor | None]:
         """What torch's operator gets for ``momentum``, and the share of its result that is let in (``None``: all).
 
-        ``count``: values per channel of the batch, or a function that says how many (asked only where it matters).
+        ``count`` says how many values per channel the batch has; it is asked only where that matters.
         """
-        if self.pending is not None:
+        if self.pending is not None or self.also is not None:
             return 1.0, None
         if self.momentum is not None:
             return self.momentum, None
-        return (0.0, None) if self.tracked is None else (1.0, self.share(count() if callable(count) else count))
+        if self.tracked is None:
+            return 0.0, None
+        share = self.share(count())
+        return (share.item(), None) if dispatch.may_be_read(share) else (1.0, share)
 
     def share(self, count: Any) -> Tensor:
         """The share of a batch: the momentum, or its part of all values. A tensor, so that nothing waits for it."""
@@ -77,18 +64,22 @@ class Kept:
             return torch.full((), self.momentum, dtype=self.var.dtype, device=self.var.device)
         if self.tracked is None:
             return self.var.new_zeros(())
-        before = self.tracked.double() * count
-        if self.values is not None:
-            before = torch.where(self.values > 0, self.values.double(), before)
-        return (count / (before + count).clamp(min=1)).to(self.var.dtype)
+        return count / (self._seen(count) + count).clamp(min=1)
+
+    def _seen(self, count: Any) -> Tensor:
+        """How many values went in; a checkpoint tells of batches only, which count as much as this one."""
+        assert self.tracked is not None
+        as_this = self.tracked.double() * count
+        return as_this if self.values is None else torch.where(self.values > 0, self.values.double(), as_this)
 
     def observe(self, moments: Moments) -> None:
         """Let the moments of a batch in: at once, or when the optimizer steps."""
-        if self.pending is not None and not self.held:
-            self.pending.add(moments)
-            return
-        count = moments.count
-        self.commit((moments.mean.detach(), moments.var(1).detach()), share=self.share(count), count=count)
+        if self.also is not None:
+            self.also.observe(moments)
+        if self.pending is None or self.held:
+            self.commit(moments.unbiased(), share=self.share(moments.count), count=moments.count)
+        else:
+            waiting_for(self).add(moments, self)
 
     def commit(self, proposed: tuple[Tensor, Tensor], *, share: Tensor | None = None, count: Any = None) -> None:
         """Move mean and variance to what is proposed (``share`` of the way), and count the batch.
@@ -96,34 +87,105 @@ class Kept:
         Not where they are held, not in a forward pass that runs inside a backward pass (activation checkpointing), and
         not to a NaN or an infinity; such a batch is counted as skipped. O(channels), and nothing waits for the device:
         a kernel does it where there is one, otherwise torch's operators do, a dozen of them, which small tensors feel.
-        Where a batch holds a non-finite value its variance is NaN (or infinite), so the variance alone tells.
+        ``count``: values per channel, for ``momentum=None``.
         """
         if self.held or not self.var.numel():
             return
         compiling = torch.compiler.is_compiling()
         if not compiling and recomputing():
             return
-        if share is None and (settled := dispatch.settle((self.mean, self.var), proposed)) is not None:
+        weighted = self.momentum is None and count is not None
+        if share is None and not weighted and (settled := dispatch.settle((self.mean, self.var), proposed)) is not None:
             counter = self.tracked if settled else self.skipped
             if counter is not None:
                 dispatch.count(counter)
             return
+        self._move(proposed, share, count if weighted else None, first_pass(self.var) if compiling else None)
+
+    def store(self, place: Tensor, value: Tensor) -> None:
+        """Put a value beside the running statistics, where and when these may move: see :meth:`commit`."""
+        compiling = torch.compiler.is_compiling()
+        if self.held or (not compiling and recomputing()):
+            return
+        moved = value.isfinite().all()
+        if compiling and (first := first_pass(value)) is not None:
+            moved = moved & first
+        place.copy_(torch.where(moved, value, place))
+
+    def _move(
+        self, proposed: tuple[Tensor, Tensor], share: Tensor | None, count: Any, first: Tensor | None = None
+    ) -> None:
+        """Where a batch holds a non-finite value its variance is NaN (or infinite), so the variance alone tells."""
         largest = proposed[1].max()
         difference = largest - largest  # 0, or NaN where the largest is infinite or NaN
         finite = difference.eq(difference)  # cheaper than isfinite, which is four operators
-        first = first_pass(self.var) if compiling else None
         moved = finite if first is None else finite & first
         for old, new in zip((self.mean, self.var), proposed, strict=True):
             target = new.to(old.dtype) if share is None else old.lerp(new.to(old.dtype), share.to(old.dtype))
             old.copy_(torch.where(moved, target, old))
         if self.tracked is not None:
+            if self.values is not None and count is not None:
+                most = count.amax() if isinstance(count, Tensor) else count
+                total = self._seen(most) + most
+                self.values.copy_(torch.where(moved, total, self.values.double()))
             self.tracked.add_(moved)
-        if self.values is not None and count is not None:
-            most = count.amax() if isinstance(count, Tensor) else count
-            self.values.add_((moved * most).to(self.values.dtype))
         if self.skipped is not None:
             left_out = finite.logical_not()
             self.skipped.add_(left_out if first is None else left_out & first)
+
+
+class Waiting:
+    """Moments that wait for the optimizer's step: of micro-batches that belong to one update.
+
+    Tensors that are made once and then change in place, so that compiled code does here what eager code does.
+    """
+
+    def __init__(self, kept: Kept) -> None:
+        self.kept = kept
+        zeros = lambda: torch.zeros(kept.mean.shape, dtype=torch.float64, device=kept.mean.device)
+        self.moments = (zeros(), zeros(), zeros())
+
+    def add(self, moments: Moments, kept: Kept) -> None:
+        """Merge in one micro-batch; not when it passes a second time; a non-finite one is counted as skipped."""
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            if recomputing():
+                return
+            self.kept = kept
+        first = first_pass(moments.m2) if compiling else None
+        finite = moments.m2.detach().double().sum().isfinite()
+        used = finite if first is None else finite & first
+        if kept.skipped is not None:
+            left_out = finite.logical_not()
+            kept.skipped.add_(left_out if first is None else left_out & first)
+        taken = [torch.where(used, t.detach().double(), 0) for t in (moments.count, moments.mean, moments.m2)]
+        before, new = Moments(*self.moments), Moments(*taken)
+        merged = before.merge(new)
+        m2 = merged.m2 if kept.spread else before.m2 + new.m2
+        for old, now in zip(self.moments, (merged.count, merged.mean, m2), strict=True):
+            old.copy_(now)
+
+    def let_in(self, kept: Kept) -> None:
+        """Move the running statistics once, by all that waits; an update without a batch moves nothing."""
+        pooled = Moments(*self.moments)
+        proposed = pooled.unbiased() if kept.spread else (pooled.mean, pooled.var())
+        share, count = kept.share(pooled.count), pooled.count if kept.momentum is None else None
+        replace(kept, skipped=None)._move(proposed, share, count)
+        for waiting in self.moments:
+            waiting.zero_()
+
+
+Pending = dict[Any, Waiting]
+"""By ``Kept.key``: what waits, for each set of running statistics that a layer keeps."""
+
+
+def waiting_for(kept: Kept) -> Waiting:
+    """Where the moments for these statistics wait."""
+    assert kept.pending is not None
+    waiting = kept.pending.get(kept.key)
+    if waiting is None or waiting.moments[0].device != kept.mean.device:  # the model has been moved since
+        waiting = kept.pending[kept.key] = Waiting(kept)
+    return waiting
 
 
 def as_statistics(
@@ -163,12 +225,15 @@ class RunningStatistics(nn.Module):
     num_values_tracked: Tensor | None
     frozen: bool
     """Normalise by the running statistics in training as well, and leave them as they are: :func:`normkit.freeze_`."""
+    frozen_parameters: tuple[str, ...]
+    """Those that trained until :func:`normkit.freeze_` stopped them, and will again."""
     hold: Hold
     """Who asks at present that the running statistics stay as they are, or that they wait for the optimizer."""
 
     def _set_statistics(self, low_precision_buffers: bool) -> None:
         self.low_precision_buffers = low_precision_buffers
         self.frozen = False
+        self.frozen_parameters = ()
         self.hold = Hold()
         counter = self.num_batches_tracked
         for name in ("num_batches_skipped", "num_values_tracked"):
@@ -239,6 +304,9 @@ class Hold:
         self.frozen = 0
         """How many ``statistics_frozen`` contexts are open."""
         self.pending: Pending | None = None
+        """What waits for the optimizer, while :func:`normkit.accumulate_statistics` is on."""
+        self.reference = 0
+        """How many samples at the head of every batch are :func:`normkit.reference_batch`'s."""
 
     def __deepcopy__(self, memo: dict) -> Hold:
         return Hold()

@@ -48,6 +48,8 @@ class Plan:
     steps: list[Step] = field(default_factory=list)
     skipped: list[Untouched] = field(default_factory=list)
     refused: list[Untouched] = field(default_factory=list)
+    changes: set[str] = field(default_factory=set)
+    """Facts of :mod:`normkit.surgery.preserve` that are meant to change; every other one must not."""
 
     def add(self, prescription: Prescription, edit: Edit) -> None:
         self.steps.append(Step(prescription, edit))
@@ -88,7 +90,7 @@ def operate(plan: Plan, *, example_inputs: Any = None) -> Certificate:
         for step in plan.steps:
             step.edit.apply()
             done.append(step)
-        if losses := snapshot.losses(plan.model):
+        if losses := snapshot.losses(plan.model, plan.changes):
             raise RuntimeError(_failed(plan, losses))
         agreement = tuple(probe.agreement(plan.model, example_inputs, then) for then in before)
         if far := [row for row in agreement if not row.error <= row.limit]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +21,25 @@ class Snapshot:
     def of(cls, model: nn.Module) -> Snapshot:
         return cls(dict(_facts(model)), tuple(model.state_dict()))
 
-    def losses(self, model: nn.Module) -> list[str]:
-        """A sentence for everything that is not as it was; things that are new are no loss."""
+    def losses(self, model: nn.Module, meant: Collection[str] = ()) -> list[str]:
+        """A sentence for everything that is not as it was and was not meant to change; what is new is no loss."""
         now = Snapshot.of(model)
-        lost = [f"{what} is not what it was" for what, value in self.facts.items() if now.facts.get(what) != value]
+        lost = [
+            f"{what} is not what it was"
+            for what, value in self.facts.items()
+            if what not in meant and now.facts.get(what) != value
+        ]
         return lost if self.keys == now.keys else [*lost, "the keys of the state_dict have changed"]
+
+
+def trains(name: str) -> str:
+    """The fact that a parameter trains or does not."""
+    return f"requires_grad of parameter {name!r}"
+
+
+def buffer(name: str) -> str:
+    """The fact that a buffer is the object it is."""
+    return f"buffer {name!r}"
 
 
 def _facts(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -36,6 +50,7 @@ def _facts(model: nn.Module) -> Iterator[tuple[str, Any]]:
         hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
         yield f"the hooks of {name!r}", [[id(hook) for hook in kind.values()] for kind in hooks]
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        yield f"parameter {name!r}", (id(parameter), parameter.requires_grad, parameter.dtype, parameter.device)
-    for name, buffer in model.named_buffers(remove_duplicate=False):
-        yield f"buffer {name!r}", (id(buffer), buffer.dtype, buffer.device)
+        yield f"parameter {name!r}", (id(parameter), parameter.dtype, parameter.device)
+        yield trains(name), parameter.requires_grad
+    for name, held in model.named_buffers(remove_duplicate=False):
+        yield buffer(name), (id(held), held.dtype, held.device)
