@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import warnings
 
 import pytest
@@ -180,6 +181,22 @@ def test_explain_says_nothing_about_the_input_that_only_a_forward_pass_should_sa
         nk.explain(layer, x)
     with pytest.warns(UserWarning, match="every group holds a single value"):
         layer(x)
+
+
+def test_explain_leaves_the_layers_of_other_threads_alone():
+    x, seen = torch.randn(4, 12), []
+
+    class Meanwhile(nk.LayerNorm):
+        """While it is being explained, another thread uses another layer."""
+
+        def forward(self, input):
+            other = threading.Thread(target=lambda: seen.append(nk.RMSNorm(12)(x)))
+            other.start()
+            other.join()
+            return super().forward(input)
+
+    assert nk.explain(Meanwhile(12), x).norm == "layer_norm"
+    assert [y.shape for y in seen] == [x.shape]
 
 
 def test_explain_speaks_of_the_problem_and_of_every_backend():
