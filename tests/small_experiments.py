@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 
 from normkit.lab import Experiment
 
@@ -97,6 +99,22 @@ def diverging() -> Experiment:
                       data=(pairs, pairs, pairs), target=0.0, loss=nn.functional.mse_loss, arms=("none",),
                       rates=[10.0**k for k in range(7)], steps=12, eval_every=4, batch_size=16,
                       metric=mean_squares())  # fmt: skip
+
+
+def no_data() -> Experiment:
+    return replace(tiny(), name="no_data", data=lambda seed: data(seed // 0))
+
+
+class Broken(Dataset):
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        raise KeyError("sample 3")
+
+
+def broken_dataset() -> Experiment:
+    return replace(tiny(), name="broken_dataset", data=(Broken(), Broken(), Broken()))
 
 
 def mean_squares():

@@ -50,7 +50,9 @@ def experiment(arms: list[str], seeds: int, **changes: Any) -> dict[str, Any]:
         "budget": "default",
         "command": "normkit compare digits",
         "created": "2026-01-01T00:00:00Z",
-        "arms": [{"name": arm, "norm": arm.split("+")[0], "optimizer": "sgd"} for arm in arms],
+        "arms": [
+            {"name": arm, "norm": arm.split("+")[0], "optimizer": "adamw" if "+adamw" in arm else "sgd"} for arm in arms
+        ],
         "baseline": arms[0],
         "metric": {"name": "accuracy", "higher_is_better": True, "unit": "fraction"},
         "target": 0.95,

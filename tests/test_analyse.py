@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -332,6 +333,31 @@ def test_sweep_has_one_point_per_value(tmp_path):
     assert arm(summary, "batch", 0)["steps_ratio"]["value"] == 4.0
     assert arm(summary, "batch", 1)["steps_ratio"]["verdict"] == "rarely reached"
     assert arm(summary, "batch", 1)["lr"] == 0.3
+
+
+def test_an_arm_is_also_compared_with_its_own_network_without_a_norm(tmp_path):
+    arms = {"none": [600] * 6, "batch": [100] * 6, "none+adamw": [150] * 6, "batch+adamw": [100] * 6}
+    summary = analyse(synthetic.directory(tmp_path, {name: Script(steps) for name, steps in arms.items()}))
+    assert [one["name"] for one in summary["points"][0]["arms"] if "like_for_like" in one] == ["batch+adamw"]
+    batch = arm(summary, "batch+adamw")
+    assert batch["steps_ratio"]["value"] == 6.0
+    assert batch["like_for_like"]["against"] == "none+adamw"
+    assert batch["like_for_like"]["steps_ratio"]["value"] == 1.5
+    assert batch["like_for_like"]["test_difference"]["pairs"] == 6
+
+
+def test_an_arm_whose_search_crashed_at_every_rate_has_failed_and_is_not_still_to_come(tmp_path):
+    path = synthetic.directory(tmp_path, {"none": Script([600] * 6), "batch": Script([100] * 6)})
+    for cell in (path / "cells").glob("batch-final-*"):
+        shutil.rmtree(cell)
+    content = json.loads((path / "experiment.json").read_text())
+    del content["chosen"]["batch"]
+    (path / "experiment.json").write_text(json.dumps(content))
+    assert arm(analyse(path), "batch")["runs"]["unfinished"] == 6  # the search may still be going on
+    content["rates"]["searched"] = {"": content["rates"]["grid"]}
+    (path / "experiment.json").write_text(json.dumps(content))
+    runs = arm(analyse(path), "batch")["runs"]
+    assert (runs["failed"], runs["unfinished"], runs["finished"]) == (6, 0, 0)
 
 
 def test_divergence_ends_the_curve_at_the_last_finite_value(digits):

@@ -111,6 +111,7 @@ def test_interrupted_it_says_how_to_go_on(tmp_path, no_page, capsys, monkeypatch
         ([TINY, "--quick", "--thorough"], "--quick and --thorough exclude each other"),
         ([TINY, "--parallel", "mpi"], "--parallel 'mpi' is unknown"),
         ([TINY, "--seeds", "0"], "--seeds 0: give a whole number from 1"),
+        ([TINY, "--target", "95"], "no run could reach that; for 95 % write --target 0.95"),
         ([TINY, "--set", "width"], "--set 'width': write key=value"),
         ([TINY, "--set", "wdth=3"], "takes no option 'wdth'; did you mean 'width'"),
         ([TINY, "--depth", "3"], "takes no option 'depth'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import types
@@ -170,6 +171,56 @@ def test_a_failed_run_is_tried_again_by_the_same_command(tmp_path):
 
 
 @pytest.mark.usefixtures("no_page")
+def test_an_arm_whose_search_crashed_is_searched_again_and_the_rates_of_the_others_stay(tmp_path):
+    quick(tmp_path / "a")
+    whole = read_experiment(tmp_path / "a")
+    finals = {name: found for name, found in results(tmp_path / "a").items() if found["config"]["phase"] == "final"}
+    for cell in read_cells(tmp_path / "a"):
+        if cell.config["arm"]["name"] == "batch":
+            place = tmp_path / "a" / "cells" / cell.name / "status.json"
+            place.write_text(json.dumps({"state": "failed", "reason": "out of memory", "attempts": 1}))
+    content = whole | {"chosen": {"none": whole["chosen"]["none"] | {"mark": 1}}}
+    (tmp_path / "a" / "experiment.json").write_text(json.dumps(content))
+    quick(tmp_path / "a")
+    again = read_experiment(tmp_path / "a")["chosen"]
+    assert again == {"none": content["chosen"]["none"], "batch": whole["chosen"]["batch"]}
+    assert set(states(tmp_path / "a").values()) <= {"done", "diverged"}
+    assert {name: results(tmp_path / "a")[name] for name in finals} == finals
+
+
+@pytest.mark.usefixtures("no_page")
+def test_runs_that_go_on_elsewhere_are_noted_and_a_command_that_runs_nothing_notes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # no repository, so no commit
+    quick(tmp_path / "a")
+    began = read_experiment(tmp_path / "a")
+    monkeypatch.setattr("normkit.__version__", "9.9")
+    monkeypatch.setattr(torch, "__version__", "9.8")
+    quick(tmp_path / "a")
+    assert read_experiment(tmp_path / "a") == began
+    victim = next((tmp_path / "a" / "cells").glob("*-s0-*"))
+    shutil.rmtree(victim)
+    quick(tmp_path / "a")
+    (later,) = read_experiment(tmp_path / "a")["continued_in"]
+    assert later == began["environment"] | {"torch": "9.8", "normkit": "9.9"}
+
+
+@pytest.mark.usefixtures("no_page")
+def test_a_status_that_cannot_be_read_is_named_and_nothing_is_lost(tmp_path):
+    quick(tmp_path / "a")
+    before = results(tmp_path / "a")
+    final = next(name for name, found in before.items() if found["config"]["phase"] == "final")
+    victim = tmp_path / "a" / "cells" / final / "status.json"
+    victim.write_text(victim.read_text()[:20])
+    with pytest.raises(
+        LabError, match=r"status\.json: not a JSON document .*delete the file and run the command again"
+    ):
+        quick(tmp_path / "a")
+    victim.unlink()
+    quick(tmp_path / "a")
+    assert results(tmp_path / "a") == before
+
+
+@pytest.mark.usefixtures("no_page")
 def test_a_diverging_experiment_ends_with_diverged_runs_and_a_bound(tmp_path):
     quick(tmp_path / "a", task=f"{PATH}:diverging")
     experiment = read_experiment(tmp_path / "a")
@@ -290,6 +341,8 @@ def test_a_missing_extra_names_the_line_to_type(tmp_path, monkeypatch, parallel,
         (f"{PATH}:tinny", "has no function 'tinny'; did you mean 'tiny'"),
         (f"{PATH}:not_an_experiment", "returned int; expected a normkit.lab.Experiment"),
         (f"{PATH}:raises", r"raised KeyError: 'where are my data\?' \(small_experiments\.py, line \d+\)"),
+        (f"{PATH}:no_data", r"the data of no_data raised ZeroDivisionError: .* \(small_experiments\.py, line \d+\)"),
+        (f"{PATH}:broken_dataset", r"the data of broken_dataset raised KeyError: 'sample 3' \(small_experiments\.py"),
         ("no_such_package.module:tiny", "no module 'no_such_package'"),
         ("normkit.lab:nothing", "normkit.lab has no function 'nothing'"),
     ],

@@ -224,6 +224,44 @@ def test_every_run_and_its_command_are_on_the_page(digits, page):
     assert "normkit compare digits" in (digits / "report.md").read_text()
 
 
+def test_a_rate_on_the_edge_of_the_grid_says_so_in_the_table(digits, page):
+    rates = {row[0]: row[1] for row in page.tables[0][1:]}
+    assert rates["RMS norm"] == "0.3 (edge)"
+    assert rates["batch norm"] == "1"
+
+
+def test_the_variance_ratio_is_shown_at_each_norm(tmp_path):
+    fields = {"variance_ratio": {"1": 0.83, "5": 1.17}}
+    arms = {"none": Script([100] * 5), "batch+dropout:0.2": Script([50] * 5, fields=fields)}
+    path = synthetic.directory(tmp_path, arms)
+    analyse(path)
+    tables = Page(report.write(path).read_text()).tables
+    (by_norm,) = [table for table in tables if table[0][:2] == ["arm", "norm"]]
+    words = "batch norm with dropout 0.2"
+    assert by_norm[1:] == [[words, "1", "0.830"], [words, "5", "1.17"]]
+
+
+def test_arms_with_another_optimizer_have_a_table_like_for_like(tmp_path, digits, page):
+    steps = {"none": 600, "batch": 100, "none+adamw": 300, "batch+adamw": 100}
+    path = synthetic.directory(tmp_path, {name: Script([count] * 5) for name, count in steps.items()})
+    analyse(path)
+    tables = Page(report.write(path).read_text()).tables
+    (alike,) = [table for table in tables if "against" in table[0]]
+    assert alike[1][:3] == ["batch norm with AdamW", "no normalization with AdamW", "3.0× [3.0, 3.0]"]
+    assert len(alike) == 2
+    assert not any("against" in table[0] for table in page.tables)
+
+
+def test_the_page_says_where_the_runs_went_on(tmp_path):
+    began = {"torch": "2.13.0", "cores": 2}
+    changes = {"environment": began, "continued_in": [began | {"torch": "2.14.0"}]}
+    path = synthetic.directory(tmp_path, {"none": Script([100] * 5), "batch": Script([50] * 5)}, **changes)
+    analyse(path)
+    rows = Page(report.write(path).read_text()).tables[-1]
+    assert ["continued with other torch", "2.14.0"] in rows
+    assert not any("other cores" in row[0] for row in rows)
+
+
 def test_names_from_the_experiment_are_no_markup(tmp_path):
     path = synthetic.directory(
         tmp_path,
@@ -406,6 +444,17 @@ def test_command_makes_everything_from_the_cells_alone(digits, tmp_path, capsys)
     assert {f"page: {digits / 'report.html'}", f"picture: {tmp_path / 'p.png'}"} <= set(lines)
     assert lines[-1] == "next: normkit compare digits --thorough"
     assert any(line.startswith("batch norm") and "13×" in line for line in lines)
+
+
+def test_a_record_that_kept_only_its_summary_gets_the_same_page(digits, tmp_path, capsys):
+    summary = (digits / "summary.json").read_bytes()
+    (tmp_path / "summary.json").write_bytes(summary)
+    assert main(["report", str(tmp_path), "--picture", str(tmp_path / "p.svg")]) == 0
+    assert capsys.readouterr().out.startswith(verdict(json.loads(summary)))
+    assert (tmp_path / "report.html").read_bytes() == (digits / "report.html").read_bytes()
+    assert (tmp_path / "summary.json").read_bytes() == summary
+    assert main(["report", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["points"] == json.loads(summary)["points"]
 
 
 def test_command_prints_json(digits, capsys):

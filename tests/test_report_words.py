@@ -144,6 +144,33 @@ def test_every_case_has_its_words(case, say):
     assert say(**scripts)[1] == expected
 
 
+def with_adamw(say, plain: float, normed: float) -> str:
+    """SGD: batch norm is 6 times faster; AdamW without and with it takes so many times SIX."""
+    arms = {"none": Script(times(6)), "batch": Script(times(1))}
+    return say(**arms, **{"none+adamw": Script(times(plain)), "batch+adamw": Script(times(normed))})[1]
+
+
+def test_what_a_norm_adds_to_adamw_is_said_against_adamw_and_that_most_is_gone(say):
+    assert with_adamw(say, plain=2, normed=1).endswith(
+        "batch norm with AdamW in 6.0× fewer steps [6.0, 6.0] and 6.0× less time [6.0, 6.0]. Like for like, batch norm "
+        "with AdamW reaches 95 % in 2.0× fewer steps [2.0, 2.0] and 2.0× less time [2.0, 2.0] than no normalization "
+        "with AdamW, most of the advantage is gone."
+    )
+
+
+def test_an_advantage_that_stays_is_not_said_to_be_gone(say):
+    answer = with_adamw(say, plain=5, normed=1)
+    assert "Like for like, batch norm with AdamW reaches 95 % in 5.0× fewer steps" in answer
+    assert "gone" not in answer
+
+
+def test_no_advantage_at_all_is_mostly_gone_too(say):
+    assert with_adamw(say, plain=1, normed=1).endswith(
+        "Like for like, batch norm with AdamW is not distinguishable from no normalization with AdamW in steps "
+        "(speed-up 1.00× [1.00, 1.00]) or time (speed-up 1.00× [1.00, 1.00]), most of the advantage is gone."
+    )
+
+
 def test_quick_says_first_that_it_is_no_evidence(say):
     scripts = {"none": Script(times(8)), "batch": Script(times(1))}
     _, answer = say(**scripts, changes={"budget": "quick"})
@@ -175,6 +202,15 @@ def test_details_name_bounds_losses_and_few_seeds(say):
     assert "3 seeds: the intervals are the range over the seeds and hold the true median in about 75 %" in text
     assert "edge of the extended grid for no normalization (rate 10, the highest tried)" in text
     assert "Final runs lost: batch norm: 1 diverged of 3." in text
+
+
+def test_details_name_the_environments_the_runs_come_from(say):
+    began = {"torch": "2.13.0", "cores": 2}
+    later = {"environment": began, "continued_in": [began | {"torch": "2.14.0"}]}
+    arms = {"none": Script(times(8)), "batch": Script(times(1))}
+    text = " ".join(details(say(**arms, changes=later)[0]))
+    assert "The runs come from 2 environments, which differ in torch." in text
+    assert "environments" not in " ".join(details(say(**arms)[0]))
 
 
 def test_details_tell_the_cost_of_a_step(say):

@@ -18,6 +18,7 @@ from normkit.cli.errors import from_user, require
 from normkit.cli.output import show, show_json
 from normkit.report import document, table
 from normkit.report.words import verdict
+from normkit.vocabulary.record import encode
 
 ONE_TABLE = 118  # columns of a terminal
 LARGER: dict[Any, list[str]] = {"quick": [], "default": ["--thorough"]}
@@ -28,7 +29,7 @@ class Report:
     """Make the page of a comparison again from its directory; works at any time, also while it still runs."""
 
     directory: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
-    """The directory that `normkit compare` printed."""
+    """The directory that `normkit compare` printed, or one with the summary.json of a committed record."""
     picture: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Also draw learning curves and learning-rate sensitivity into one picture: comparison.png or comparison.svg."""
     json: bool = False
@@ -38,10 +39,8 @@ class Report:
 def main(argv: list[str]) -> int:
     asked = arguments.parse(Report, argv, "report")
     require("numpy", "scipy", "matplotlib")
-    from normkit.lab.analyse import analyse
-
     with from_user():
-        summary = analyse(asked.directory)
+        summary = _summary(asked.directory)
         drawn = None if asked.picture is None else report.picture(asked.directory, asked.picture)
         page = report.write(asked.directory)
     if asked.json:
@@ -49,6 +48,15 @@ def main(argv: list[str]) -> int:
     else:
         show_result(summary, page, drawn)
     return 0
+
+
+def _summary(directory: Path) -> dict[str, Any]:
+    """The analysis of the runs; where only a summary.json was kept, as in a committed record, that one."""
+    from normkit.lab.analyse import analyse
+
+    if (directory / "summary.json").is_file() and not (directory / "experiment.json").exists():
+        return encode(report.read_summary(directory))
+    return analyse(directory)
 
 
 def show_result(summary: dict[str, Any], page: Path, picture: Path | None = None) -> None:

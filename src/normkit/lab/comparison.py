@@ -9,12 +9,12 @@ from typing import Any
 
 from normkit.lab.arm import Arm, parse_arms
 from normkit.lab.build import check_arms
-from normkit.lab.data import Order, fingerprint
+from normkit.lab.data import Data, Order, fingerprint
 from normkit.lab.directory import default_directory, open_directory
 from normkit.lab.errors import LabError
-from normkit.lab.experiment import Experiment
+from normkit.lab.experiment import ACCURACY, Experiment
 from normkit.lab.knob import Sweep, make_sweep, parse_sweep
-from normkit.lab.load import InMemory, Source
+from normkit.lab.load import InMemory, Source, describe
 from normkit.lab.parallel import parse_parallel
 from normkit.lab.recipe import BUDGETS, FIRST_SEARCH_SEED, LEAST_RATES, Budget, Recipe, middle
 from normkit.lab.run import Engine, Nobody, Watcher
@@ -70,7 +70,7 @@ def compare(
     experiment = source.load(options)
     chosen = parse_arms(arms if arms is not None else norms if norms is not None else tuple(experiment.arms))
     workers = parse_parallel(str(parallel))
-    splits = seeded_data(experiment, FIRST_SEARCH_SEED)
+    splits, data_hash = _first_data(experiment)
     recipe = make_recipe(
         source,
         experiment,
@@ -78,7 +78,7 @@ def compare(
         _budget(budget),
         swept,
         options,
-        fingerprint(splits),
+        data_hash,
         seeds,
         steps,
         batch_size,
@@ -88,8 +88,8 @@ def compare(
     directory = Path(out) if out is not None else default_directory(recipe)
     sizes = {name: len(split) for name, split in splits._asdict().items()}
     call = command or _call(recipe)
-    threads = open_directory(directory, recipe, experiment, sizes, workers, call)
-    Engine(recipe, source, experiment.metric, directory, workers, threads, watcher or Nobody(), checkpoint_seconds).go()
+    here = open_directory(directory, recipe, experiment, sizes, workers, call)
+    Engine(recipe, source, experiment.metric, directory, workers, here, watcher or Nobody(), checkpoint_seconds).go()
     return conclude(directory)
 
 
@@ -125,6 +125,11 @@ def make_recipe(
     for name, number in (("seeds", seeds), ("steps", steps), ("batch-size", batch_size)):
         if number is not None and number < 1:
             raise LabError(f"--{name} {number}: give a whole number from 1")
+    if target is not None and experiment.metric == ACCURACY and not 0 <= target <= 1:
+        raise LabError(
+            f"--target {target:g}: accuracy is a fraction between 0 and 1, and no run could reach that; for "
+            f"{target:g} % write --target {target / 100:g}"
+        )
     quick = budget.name == "quick" and experiment.quick_steps is not None
     wanted = steps or (experiment.quick_steps if quick else None) or experiment.steps
     return Recipe(
@@ -154,6 +159,19 @@ def _source(task: str | Experiment | Callable[..., Experiment]) -> Source:
     if isinstance(task, Experiment):
         return Source(task.name, InMemory(task))
     return Source(getattr(task, "__name__", "experiment"), task)
+
+
+def _first_data(experiment: Experiment) -> tuple[Data, str]:
+    """The data of the first search seed and their fingerprint; what a person's own code raises is said once, here."""
+    try:
+        splits = seeded_data(experiment, FIRST_SEARCH_SEED)
+        return splits, fingerprint(splits)
+    except LabError:
+        raise
+    except Exception as error:
+        raise LabError(
+            f"the data of {experiment.name} raised {describe(error)}; correct the function or the dataset"
+        ) from error
 
 
 def _budget(name: str) -> Budget:

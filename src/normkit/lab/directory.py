@@ -24,20 +24,21 @@ def default_directory(recipe: Recipe) -> Path:
 
 def open_directory(
     directory: Path, recipe: Recipe, experiment: Experiment, split: dict[str, int], parallel: Parallel, command: str
-) -> int:
-    """Begins a run directory, or goes on in one that holds the same question; returns the threads per cell.
+) -> dict[str, Any]:
+    """Begins a run directory, or goes on in one that holds the same question; returns the environment of this command.
 
-    Raises LabError when it holds another question: results are never overwritten. The number of threads stays what it
-    was when the directory was begun, because it may change the last bits of a sum.
+    Raises LabError when it holds another question: results are never overwritten. The number of threads per cell stays
+    what it was when the directory was begun, because it may change the last bits of a sum.
     """
+    from normkit.lab.environment import environment
+
+    here = environment(parallel)
     path = directory / "experiment.json"
     if path.exists():
-        return _same_question(directory, recipe)
+        return here | {"threads": _same_question(directory, recipe)}
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise LabError(f"--out {directory} exists and is no run directory; give a new or an empty directory")
     (directory / "cells").mkdir(parents=True)
-    from normkit.lab.environment import environment
-
     write_json(
         path,
         {
@@ -52,10 +53,22 @@ def open_directory(
             **recipe.question(),
             "hash": recipe.hash,
             "chosen": {},
-            "environment": environment(parallel),
+            "environment": here,
         },
     )
-    return parallel.threads
+    return here
+
+
+def note_environment(directory: Path, here: Mapping[str, Any]) -> None:
+    """Adds the environment in which runs are about to go on to experiment.json, when it is another than before.
+
+    Runs of two versions, or of two machines, may lie in one directory; the page then says so.
+    """
+    content = read_experiment(directory)
+    later = content.get("continued_in", [])
+    if here not in [content["environment"], *later]:
+        content["continued_in"] = [*later, dict(here)]
+        write_json(directory / "experiment.json", content)
 
 
 def prepare_cell(directory: Path, cell: Cell) -> dict[str, Any]:
@@ -65,7 +78,10 @@ def prepare_cell(directory: Path, cell: Cell) -> dict[str, Any]:
         place.mkdir(parents=True, exist_ok=True)
         write_json(place / "config.json", cell.config())
         write_json(place / "status.json", {"state": "pending", "reason": None, "attempts": 0})
-    return read_json(place / "status.json")
+    try:
+        return read_json(place / "status.json")
+    except ValueError as error:
+        raise LabError(str(error)) from None
 
 
 def write_status(directory: Path, cell: Cell, status: Mapping[str, Any]) -> None:

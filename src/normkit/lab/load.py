@@ -80,7 +80,7 @@ def _load(
         raise
     except Exception as error:
         raise LabError(
-            f"{reference} raised {_describe(error)}; correct the function that makes the experiment"
+            f"{reference} raised {describe(error)}; correct the function that makes the experiment"
         ) from error
     if not isinstance(experiment, Experiment):
         raise LabError(
@@ -126,7 +126,7 @@ def _module(name: str) -> ModuleType:
             ) from None
         raise LabError(f"{name} imports {error.name!r}, which is not installed") from error
     except Exception as error:
-        raise LabError(f"importing {name} raised {_describe(error)}") from error
+        raise LabError(f"importing {name} raised {describe(error)}") from error
 
 
 @lru_cache(maxsize=8)
@@ -146,7 +146,7 @@ def _file(path: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
-        raise LabError(f"reading {path.name} raised {_describe(error)}; correct the file") from error
+        raise LabError(f"reading {path.name} raised {describe(error)}; correct the file") from error
     return module
 
 
@@ -160,7 +160,8 @@ def _source_code(function: Callable[..., Any]) -> str:
     return getattr(function, "__qualname__", type(function).__qualname__)
 
 
-def _describe(error: Exception) -> str:
+def describe(error: Exception) -> str:
+    """What a person's own code raised, and where: `KeyError: 'x' (exp.py, line 3)`."""
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
     if isinstance(error, SyntaxError):

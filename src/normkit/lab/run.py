@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from normkit.lab.cell import FINAL, SEARCH, Cell
-from normkit.lab.directory import prepare_cell, read_chosen, write_chosen, write_status
+from normkit.lab.directory import note_environment, prepare_cell, read_chosen, write_chosen, write_status
 from normkit.lab.experiment import Metric
 from normkit.lab.load import Source
 from normkit.lab.parallel import Parallel, pool
@@ -45,9 +45,13 @@ class Engine:
     metric: Metric
     directory: Path
     parallel: Parallel
-    threads: int
+    environment: Mapping[str, Any]  # of this command; its threads are those of a cell
     watcher: Watcher = field(default_factory=Nobody)
     checkpoint_seconds: float = 2.0
+
+    @property
+    def threads(self) -> int:
+        return self.environment["threads"]
 
     def go(self) -> None:
         """Searches, chooses, runs the final cells. Interrupt or kill it at any moment: `go` again goes on."""
@@ -58,12 +62,15 @@ class Engine:
             self._run(call, FINAL, finals)
 
     def _search(self, call: Callable[..., Iterable[Any]]) -> None:
-        """Searches every value of the knob that has no chosen rates yet, all values in the same rounds."""
+        """Searches every value of the knob at which an arm has no rate yet, all values in the same rounds.
+
+        An arm whose runs all crashed is tried again; a rate that was chosen stays, for final runs have it already.
+        """
         begun = read_chosen(self.directory)
         grids = {
             value: list(self.recipe.rates)
             for value in self.recipe.values
-            if not any(chosen_key(arm.name, value) in begun for arm in self.recipe.arms)
+            if not all(chosen_key(arm.name, value) in begun for arm in self.recipe.arms)
         }
         fresh = {value: tuple(rates) for value, rates in grids.items()}
         results: dict[Any, dict[str, dict[float, list[Any]]]] = {value: {} for value in grids}
@@ -85,7 +92,9 @@ class Engine:
         return {arm: best_rate(by_rate, self.metric) for arm, by_rate in results.items()}
 
     def _choose(self, value: Any, rates: Sequence[float], best: Mapping[str, float | None]) -> None:
-        chosen = {chosen_key(arm, value): choice for arm, choice in choose(rates, best).items()}
+        begun = read_chosen(self.directory)
+        found = {chosen_key(arm, value): choice for arm, choice in choose(rates, best).items()}
+        chosen = {key: choice for key, choice in found.items() if key not in begun}
         searched = {"" if value is None else str(value): sorted(rates)}
         write_chosen(self.directory, chosen, searched)
 
@@ -101,6 +110,8 @@ class Engine:
         finished = [name for name, status in statuses.items() if status["state"] in SETTLED]
         ahead = len(self.recipe.values) * len(self.recipe.arms) * len(self.recipe.seeds) if phase == SEARCH else 0
         self.watcher.planned(phase, cells, finished, ahead)
+        if todo:
+            note_environment(self.directory, self.environment)
         while todo:
             try:
                 self._round(call, todo, statuses)

@@ -19,7 +19,7 @@ def details(summary: dict[str, Any]) -> list[str]:
     if not experiment.get("sweep"):
         sentences += [_final_metric(experiment, arms), _cost(experiment, arms), _ranges(arms)]
     every = [(point["knob"], arm) for point in summary["points"] for arm in point["arms"]]
-    sentences += [_bounds(every), _lost(every), _unreadable(summary["problems"])]
+    sentences += [_bounds(every), _lost(every), _unreadable(summary["problems"]), _environments(experiment)]
     return [sentence(text) for text in sentences if text]
 
 
@@ -97,6 +97,12 @@ def _lost(every: list[tuple[Any, dict[str, Any]]]) -> str:
 
 def _unreadable(problems: list[dict[str, str]]) -> str:
     return f"{len(problems)} cells could not be read and are left out; they are listed under Runs" if problems else ""
+
+
+def _environments(experiment: dict[str, Any]) -> str:
+    began, later = experiment.get("environment") or {}, experiment.get("continued_in", [])
+    other = sorted({key for environment in later for key in environment if environment[key] != began.get(key)})
+    return f"the runs come from {1 + len(later)} environments, which differ in {listing(other)}" if other else ""
 
 
 def _at(knob: Any) -> str:

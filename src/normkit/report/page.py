@@ -33,6 +33,10 @@ GRADIENT_NOTE = (
     "means that some layers hardly learn."
 )
 
+LIKE_NOTE = (
+    "Like for like: each arm against the network without a norm that has the same optimizer, dropout and initial gain."
+)
+
 
 def document(summary: Summary) -> Document:
     """The whole page of one experiment."""
@@ -67,10 +71,12 @@ def _table(summary: Summary) -> list[Block]:
         f"{len(experiment['seeds'])} seeds; in brackets 95 % bootstrap intervals. Each arm trains at its own best "
         "learning rate."
     )
+    alike = tables.like_for_like(summary)
     return [
         Text(note, "note"),
         tables.table(summary, tables.RESULTS),
         tables.table(summary, tables.race_columns(summary)),
+        *([Text(LIKE_NOTE, "note"), alike] if alike else []),
     ]
 
 
@@ -114,8 +120,9 @@ def _learning(summary: Summary) -> list[Block]:
 def _rates(summary: Summary) -> list[Block]:
     note = (
         "Every arm had the same grid and the same number of trials; the ring is the rate it was then run with. A wide "
-        "range means that the rate hardly has to be tuned. Bars: thick where most search runs reach the target, thin "
-        "where most do not diverge; ticks are the rates tried."
+        "range means that the rate hardly has to be tuned. A search run ends when it reaches the target, so its best "
+        "value says how near a rate comes, not how far it could go. Bars: thick where most search runs reach the "
+        "target, thin where most do not diverge; ticks are the rates tried."
     )
     return _or_nothing([Text(note, "note"), _legend(summary)], _per_point(summary, "rates", sensitivity))
 
@@ -131,6 +138,8 @@ def _inside(summary: Summary) -> list[Block]:
         blocks += [Text(GRADIENT_NOTE, "note"), *gradients]
     if extras:
         blocks.append(tables.table(summary, extras, "Medians of the final runs"))
+    if by_norm := tables.variance_by_norm(summary):
+        blocks.append(Folded("The variance ratio at each norm", [by_norm]))
     return _or_nothing([], blocks)
 
 
@@ -146,6 +155,12 @@ def _methods(summary: Summary) -> list[Block]:
 def _environment(summary: Summary) -> list[Block]:
     environment = summary["experiment"].get("environment") or {}
     rows = [[str(key), value if isinstance(value, str) else json.dumps(value)] for key, value in environment.items()]
+    rows += [
+        [f"continued with other {key}", str(later[key])]
+        for later in summary["experiment"].get("continued_in", [])
+        for key in later
+        if later[key] != environment.get(key)
+    ]
     created = summary["experiment"].get("created")
     rows += [["created", str(created)]] if created else []
     return [Table(["what", "value"], rows)] if rows else [Text("experiment.json names no environment.", "note")]

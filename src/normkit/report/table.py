@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from normkit.report import numbers as n
@@ -37,7 +37,11 @@ def _median(key: str, write: Callable[[float | None], str]) -> Callable[[Arm, An
     return cell
 
 
-RATE = Column("rate", lambda a, m: n.rate(a["lr"]))
+def _edge(arm: Arm, _: Any) -> str:
+    return n.rate(arm["lr"]) + (" (edge)" if arm["bound_hit"] else "")
+
+
+RATE = Column("rate", _edge)
 REACHED = Column("reach target", _reached)
 STEPS = Column("steps to target", _median("steps_to_target", n.count))
 FEWER = Column("fewer steps", lambda a, m: n.ratio(a.get("steps_ratio")))
@@ -58,10 +62,12 @@ MEMORY = Column(
     "peak memory, MB", lambda a, m: n.NOTHING if a["peak_memory_mb"] is None else f"{a['peak_memory_mb']:.0f}"
 )
 DEAD = Column("dead units", lambda a, m: n.share(a["dead_units"]))
+AGAINST = Column("against", lambda a, m: label(a["against"]))
 VARIANCE = Column("variance, evaluation / training", lambda a, m: variance_ratio(a["variance_ratio"]))
 
 RESULTS = (RATE, STEPS, FEWER, SECONDS, LESS, TEST, GAP)
 RACE = (REACHED, CENSORED, DIVERGED, USABLE, STABLE)
+LIKE_FOR_LIKE = (AGAINST, FEWER, LESS, GAP)
 COST = (MS, SHARE, PARAMETERS, MEMORY)
 IN_A_SWEEP = (STEPS, FEWER, SECONDS, LESS, TEST, DIVERGED)
 TERMINAL = (RATE, STEPS, FEWER, SECONDS, LESS, TEST, USABLE, DIVERGED, MS)
@@ -115,3 +121,29 @@ def extras(summary: dict[str, Any]) -> tuple[Column, ...]:
     arms = [arm for point in summary["points"] for arm in point["arms"]]
     wanted = ((DEAD, "dead_units"), (VARIANCE, "variance_ratio"))
     return tuple(column for column, key in wanted if any(arm[key] is not None for arm in arms))
+
+
+def like_for_like(summary: dict[str, Any]) -> Table | None:
+    """Every arm that has one against its partner without a norm; None when the baseline is everybody's partner."""
+    points = [
+        point | {"arms": [arm | arm["like_for_like"] for arm in point["arms"] if "like_for_like" in arm]}
+        for point in summary["points"]
+    ]
+    if not any(point["arms"] for point in points):
+        return None
+    drawn = table(summary | {"points": points}, LIKE_FOR_LIKE)
+    return replace(drawn, numeric=drawn.numeric - {drawn.header.index("against")})
+
+
+def variance_by_norm(summary: dict[str, Any]) -> Table | None:
+    """The variance ratio at each norm, where the column of the arms has room for lowest and highest only."""
+    sweep = summary["experiment"].get("sweep")
+    header = [*([sweep["knob"]] if sweep else []), "arm", "norm", VARIANCE.header]
+    rows, arms = [], []
+    for point in summary["points"]:
+        start = [knob_value(point["knob"])] if sweep else []
+        for arm in point["arms"]:
+            for layer, ratio in (arm["variance_ratio"] or {}).items():
+                rows.append([*start, label(arm["name"]), layer, n.significant(ratio)])
+                arms.append(arm["name"])
+    return Table(header, rows, numeric=frozenset({len(header) - 1}), arms=arms) if rows else None

@@ -9,6 +9,7 @@ from normkit.report.numbers import count, factor, factor_interval, target
 from normkit.report.sweep_words import sweep_answer
 
 DECIDED = ("faster", "slower", "one seed")
+NORM, KIT = ("norm", "placement"), ("optimizer", "dropout", "init")
 UNITS = {"steps": ("fewer steps", "more steps"), "time": ("less time", "more time")}
 
 
@@ -40,7 +41,11 @@ def _answer(summary: dict[str, Any]) -> str:
         clauses.append(_clause(arm, baseline, goal, said))
         said = said or arm["steps_ratio"]["verdict"] in DECIDED
     text = "; ".join(clauses) + "."
-    remarks = [_baseline_remark(baseline, others, goal, experiment["steps"]), plain_remark(summary)]
+    remarks = [
+        _baseline_remark(baseline, others, goal, experiment["steps"]),
+        _like_for_like(summary, goal),
+        plain_remark(summary),
+    ]
     return " ".join([text, *(remark for remark in remarks if remark)])
 
 
@@ -138,6 +143,41 @@ def _baseline_remark(baseline: dict[str, Any], others: list[dict[str, Any]], goa
     if runs["diverged"] == runs["finished"]:
         return sentence(_rarely(baseline, goal))
     return sentence(_rarely(baseline, f"it within {budget} steps"))
+
+
+def _like_for_like(summary: dict[str, Any], goal: str) -> str:
+    """What a norm adds to a network that already has AdamW, dropout or another gain; "" where no arm can tell."""
+    arms = {arm["name"]: arm for arm in summary["points"][0]["arms"]}
+    clauses: list[str] = []
+    said: set[str] = set()
+    for arm in arms.values():
+        pair = arm.get("like_for_like")
+        if pair is None or pair["steps_ratio"]["verdict"] in ("no pairs", "rarely reached"):
+            continue
+        clause = _clause(arm | pair, arms[pair["against"]], goal, pair["against"] in said)
+        clauses.append(clause + (", most of the advantage is gone" if _mostly_gone(summary, arm) else ""))
+        if pair["steps_ratio"]["verdict"] in DECIDED:
+            said.add(pair["against"])
+    return f"Like for like, {'; '.join(clauses)}." if clauses else ""
+
+
+def _mostly_gone(summary: dict[str, Any], arm: dict[str, Any]) -> bool:
+    """Whether less than half is left of what the same norm gains against the baseline: of r× fewer steps, r − 1.
+
+    By the ends of the intervals that make it hardest: the upper one here against the lower one there.
+    """
+    about = {one["name"]: one for one in summary["experiment"]["arms"]}
+    here, base = about[arm["name"]], about[summary["experiment"]["baseline"]]
+    wanted = [here.get(key) for key in NORM] + [base.get(key) for key in KIT]
+    alike = (
+        other["steps_ratio"]
+        for other in summary["points"][0]["arms"]
+        if "steps_ratio" in other and [about[other["name"]].get(key) for key in NORM + KIT] == wanted
+    )
+    left = arm["like_for_like"]["steps_ratio"]["high"]
+    return any(
+        there["verdict"] == "faster" and left is not None and 2 * (left - 1) < there["low"] - 1 for there in alike
+    )
 
 
 def plain_remark(summary: dict[str, Any]) -> str:

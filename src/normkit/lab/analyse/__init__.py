@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from normkit.lab.analyse.arms import ArmCells, compare, describe
+from normkit.lab.analyse.arms import ArmCells, compare, describe, partner_of
 from normkit.lab.analyse.curves import POINTS
 from normkit.lab.analyse.directory import RunDirectory, arm_of, knob_of, read
 from normkit.lab.analyse.intervals import LEVEL, RESAMPLES
@@ -53,6 +53,8 @@ def _point(run: RunDirectory, value: Any, points: int) -> dict[str, Any]:
         arm = {"name": name, **describe(cells[name], _chosen(experiment, name, value), points)}
         if name != experiment["baseline"]:
             arm |= compare(baseline, cells[name], higher)
+        if partner := partner_of(experiment, name):
+            arm["like_for_like"] = {"against": partner, **compare(cells[partner], cells[name], higher)}
         arms.append(arm)
     return {"knob": value, "arms": arms}
 
@@ -65,6 +67,7 @@ def _cells_of(run: RunDirectory, arm: str, value: Any) -> ArmCells:
         search=[cell for cell in mine if cell.config["phase"] == "search"],
         final={seed: by_seed[seed] for seed in seeds if seed in by_seed},
         planned=len(seeds),
+        hopeless=_hopeless(run.experiment, arm, value),
     )
 
 
@@ -73,6 +76,12 @@ def _chosen(experiment: dict[str, Any], arm: str, value: Any) -> dict[str, Any] 
     chosen = experiment.get("chosen") or {}
     keys = [arm] if value is None else [f"{arm}@{value}", f"{arm}@{value:g}" if isinstance(value, float) else ""]
     return next((chosen[key] for key in keys if key in chosen), None)
+
+
+def _hopeless(experiment: dict[str, Any], arm: str, value: Any) -> bool:
+    """Whether the search is over and left the arm without a rate, because every one of its runs crashed."""
+    searched = (experiment.get("rates") or {}).get("searched") or {}
+    return ("" if value is None else str(value)) in searched and _chosen(experiment, arm, value) is None
 
 
 def _run(cell: Record) -> dict[str, Any]:

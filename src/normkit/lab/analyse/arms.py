@@ -10,6 +10,7 @@ from normkit.lab.analyse.curves import gradient_norms, learning_curve, middle, u
 from normkit.lab.analyse.directory import as_number, number
 from normkit.lab.analyse.intervals import Finish, mean_interval, median_finish, paired_difference, paired_ratio
 from normkit.lab.analyse.rates import sensitivity, stable_range, usable_range
+from normkit.report.labels import is_plain
 from normkit.vocabulary.record import Record
 
 
@@ -20,6 +21,7 @@ class ArmCells:
     search: list[Record]
     final: dict[int, Record]
     planned: int
+    hopeless: bool = False  # every run of its search crashed, so there is no rate and no final run will come
 
     @property
     def outcomes(self) -> dict[int, Record]:
@@ -67,6 +69,24 @@ def compare(baseline: ArmCells, arm: ArmCells, higher_is_better: bool) -> dict[s
     }
 
 
+def partner_of(experiment: dict[str, Any], name: str) -> str | None:
+    """The arm without a norm that is otherwise this one: same optimizer, dropout and gain.
+
+    What a norm does together with AdamW is its ratio to AdamW without a norm, not to plain SGD. None for an arm without
+    a norm, where there is no such arm, and where it is the baseline, whose ratio every arm has. The placement of a norm
+    that is not there is no difference.
+    """
+    about = {arm["name"]: arm for arm in experiment["arms"]}
+    if is_plain(about[name]):
+        return None
+    partner = next((arm["name"] for arm in about.values() if is_plain(arm) and _kit(arm) == _kit(about[name])), None)
+    return None if partner == experiment["baseline"] else partner
+
+
+def _kit(arm: dict[str, Any]) -> tuple[Any, ...]:
+    return arm.get("optimizer"), arm.get("dropout", 0.0), arm.get("init", 1.0)
+
+
 def _rate(cells: ArmCells, chosen: dict[str, Any] | None) -> float | None:
     if chosen:
         return chosen["lr"]
@@ -76,7 +96,7 @@ def _rate(cells: ArmCells, chosen: dict[str, Any] | None) -> float | None:
 def _counts(cells: ArmCells) -> dict[str, int]:
     ran = list(cells.outcomes.values())
     reached = sum(number(cell, "steps_to_target") is not None for cell in ran)
-    failed = sum(cell.state == "failed" for cell in cells.final.values())
+    failed = cells.planned if cells.hopeless else sum(cell.state == "failed" for cell in cells.final.values())
     return {
         "planned": cells.planned,
         "finished": len(ran),
