@@ -1,0 +1,100 @@
+"""Committed records: every number of an answer follows from the runs in the record, and the pages say that answer."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from normkit.lab.analyse.intervals import Finish, mean_interval, median_finish, paired_difference, paired_ratio
+from normkit.report.words import verdict
+
+ROOT = Path(__file__).parent.parent
+RECORDS = sorted((ROOT / "records" / "compare").glob("*"))
+COMMITTED = {"summary.json", "report.html", "report.md", "picture.svg"}
+
+
+@pytest.fixture(params=RECORDS, ids=lambda path: path.name)
+def record(request) -> Path:
+    return request.param
+
+
+def summary(record: Path) -> dict:
+    return json.loads((record / "summary.json").read_text(encoding="utf-8"))
+
+
+def finals(content: dict, arm: str) -> list[dict]:
+    """The final runs of an arm that have an outcome, in the order of their seeds."""
+    runs = [run for run in content["runs"] if run["arm"] == arm and run["phase"] == "final"]
+    return sorted((run for run in runs if run["state"] in ("done", "diverged")), key=lambda run: run["seed"])
+
+
+def steps(run: dict, budget: int) -> Finish:
+    return Finish(run["steps_to_target"], float(budget))
+
+
+def seconds(run: dict, budget: int) -> Finish:
+    return Finish(run["seconds_to_target"], run["train_seconds"] * max(1.0, budget / run["steps"]))
+
+
+def test_the_three_records_of_the_readme_are_there():
+    assert {"digits", "digits-relu", "digits-cnn"} <= {path.name for path in RECORDS}
+
+
+def test_a_record_is_a_thorough_run_and_four_small_files(record):
+    experiment = summary(record)["experiment"]
+    assert {path.name for path in record.iterdir()} == COMMITTED
+    assert experiment["budget"] == "thorough"
+    assert experiment["command"] == f"normkit compare {record.name} --thorough"
+    assert (record / "report.html").stat().st_size < 2_000_000
+    assert sum(path.stat().st_size for path in record.iterdir()) < 4_000_000
+
+
+def test_every_number_of_the_answer_follows_from_the_runs(record):
+    content = summary(record)
+    budget, base = content["experiment"]["steps"], finals(content, content["experiment"]["baseline"])
+    higher = content["experiment"]["metric"]["higher_is_better"]
+    assert len(content["points"]) == 1
+    for arm in content["points"][0]["arms"]:
+        mine = finals(content, arm["name"])
+        assert len(mine) == arm["runs"]["finished"] == len(content["experiment"]["seeds"])
+        assert {run["lr"] for run in mine} == {arm["lr"]}
+        assert arm["steps_to_target"] == median_finish([steps(run, budget) for run in mine])
+        assert arm["seconds_to_target"] == median_finish([seconds(run, budget) for run in mine])
+        tests = [run["test"] for run in mine if run["test"] is not None]
+        assert (arm["test"]["mean"], arm["test"]["low"], arm["test"]["high"]) == mean_interval(tests)
+        if arm["name"] == content["experiment"]["baseline"]:
+            continue
+        assert [run["seed"] for run in mine] == [run["seed"] for run in base]
+        for key, read in (("steps_ratio", steps), ("seconds_ratio", seconds)):
+            assert arm[key] == paired_ratio([read(run, budget) for run in base], [read(run, budget) for run in mine])
+        pairs = [(b["test"], a["test"]) for b, a in zip(base, mine, strict=True) if None not in (a["test"], b["test"])]
+        assert arm["test_difference"] == paired_difference([b for b, _ in pairs], [a for _, a in pairs], higher)
+
+
+def test_every_arm_of_a_record_was_searched_alike_and_on_other_seeds(record):
+    content = summary(record)
+    trials = {
+        arm["name"]: sorted((run["lr"], run["seed"]) for run in content["runs"] if _searched(run, arm["name"]))
+        for arm in content["experiment"]["arms"]
+    }
+    assert len({tuple(found) for found in trials.values()}) == 1
+    found = next(iter(trials.values()))
+    assert len({rate for rate, _ in found}) >= 7
+    assert not {seed for _, seed in found} & set(content["experiment"]["seeds"])
+
+
+def _searched(run: dict, arm: str) -> bool:
+    return run["arm"] == arm and run["phase"] == "search"
+
+
+def test_the_pages_and_the_readme_say_the_answer_of_the_record(record):
+    answer = verdict(summary(record))
+    assert f"**{answer}**" in re.sub(r"\\(.)", r"\1", (record / "report.md").read_text(encoding="utf-8"))
+    page = re.sub(r"<[^>]+>", "", (record / "report.html").read_text(encoding="utf-8"))
+    assert answer in page.replace("\N{NO-BREAK SPACE}", " ")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert answer in readme
+    assert f"records/compare/{record.name}/picture.svg" in readme
