@@ -11,9 +11,7 @@ namespace normkit::NORMKIT_ISA {
 
 // e^x to about one unit in the last place: 2^k e^r with |r| <= log(2) / 2, and a Taylor polynomial for e^r.
 INLINE Floats exp(Floats x) {
-    const Floats low = all(-87.0f), high = all(88.0f);
-    x = x < low ? low : x;
-    x = x > high ? high : x;
+    x = between(-87.0f, x, 88.0f);
     const float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which then stands in the low bits
     const Floats rounded = x * 1.44269504f + kRound;
     const Floats k = rounded - kRound;

@@ -117,7 +117,7 @@ template <class T> struct TileSums {
                     dz = where(get_bits(bits + row * bit_bytes(stride), column, dz), dz);
                 } else if constexpr (g != Gate::none) {
                     V z = v * a[k] + b[k];
-                    if constexpr (g == Gate::other)
+                    if constexpr (g == Gate::other || g == Gate::silu)
                         if (r) z += load(r + at, m);
                     dz = gated<g>(dz, z, work, slope);
                 }
@@ -149,6 +149,7 @@ template <class T> struct TileSums {
             case Gate::none: return leaf<Gate::none>;
             case Gate::relu: return leaf<Gate::relu>;
             case Gate::bits: return leaf<Gate::bits>;
+            case Gate::silu: return leaf<Gate::silu>;
             default: return leaf<Gate::other>;
         }
     }
@@ -325,6 +326,9 @@ template <class T> class Forwards {
 template <class T> class Backwards {
     using N = Number<T>;
     enum Column { kMean, kScale, kShift, kP, kQ, kR, kColumns };
+    struct Pair {
+        double dz, dz_x;
+    };
 
   public:
     Backwards(const Work& work, const Backward& call)
@@ -349,13 +353,7 @@ template <class T> class Backwards {
                 wait(members);
                 finish(section, members > 1 ? gathered : mine, total, place, members);
                 wait(members);
-            } else if (call.sum_dz) {
-                const Range all = share(work.c, place, members);
-                for (int64_t c = all.begin; c < all.end; ++c) {
-                    total[c] = static_cast<const N*>(call.sum_dz)[c];
-                    total[work.c + c] = static_cast<const N*>(call.sum_dz_x)[c];
-                }
-                wait(members);
+                if (work.groups && call.sum_dz) hand_over(section, total, place, members);
             }
             if ((call.steps & second) && (call.dx || call.dresidual)) {
                 prepare_slopes(section, total, column, place, members);
@@ -444,20 +442,42 @@ template <class T> class Backwards {
         const int64_t pooled = work.groups ? work.c / work.groups : 1;
         const Range mine = share(work.c / pooled, place, members);
         for (int64_t i = mine.begin; i < mine.end; ++i) {
-            double dz = 0, dz_x = 0;
-            for (int64_t c = i * pooled; work.batch && c < (i + 1) * pooled; ++c) {
-                dz += weight(c) * total[c];
-                dz_x += weight(c) * total[work.c + c];
-            }
+            const Pair sums = weighted(section, i, total);
             const int64_t u = g.statistic(section, i * pooled);
             for (int64_t c = i * pooled; c < (i + 1) * pooled; ++c) {
-                const Slopes s = slopes(work, mean(u), rstd(u), weight(c), dz / call.count, dz_x / call.count);
+                const Slopes s = slopes(work, mean(u), rstd(u), weight(c), sums.dz / call.count, sums.dz_x / call.count);
                 for (int64_t j = c; j < g.width; j += work.c) {
                     column[kP * g.padded + j] = static_cast<N>(s.p);
                     column[kQ * g.padded + j] = static_cast<N>(s.q);
                     column[kR * g.padded + j] = static_cast<N>(s.r);
                 }
             }
+        }
+    }
+
+    // Sums of dz w and dz w (x - mean) of statistic i of a section: of this pass, or given from outside.
+    Pair weighted(int64_t section, int64_t i, const double* total) const {
+        const int64_t pooled = work.groups ? work.c / work.groups : 1, u = g.statistic(section, i * pooled);
+        if (!(call.steps & first) && call.sum_dz) {
+            const double w = work.groups ? 1 : weight(i);  // groups hand them over with their weights
+            return {w * static_cast<const N*>(call.sum_dz)[u], w * static_cast<const N*>(call.sum_dz_x)[u]};
+        }
+        Pair sums{0, 0};
+        for (int64_t c = i * pooled; work.batch && c < (i + 1) * pooled; ++c) {
+            sums.dz += weight(c) * total[c];
+            sums.dz_x += weight(c) * total[work.c + c];
+        }
+        return sums;
+    }
+
+    void hand_over(int64_t section, const double* total, int place, int members) {
+        const int64_t pooled = work.c / work.groups;
+        const Range mine = share(work.groups, place, members);
+        for (int64_t i = mine.begin; i < mine.end; ++i) {
+            const Pair sums = weighted(section, i, total);
+            const int64_t u = g.statistic(section, i * pooled);
+            static_cast<N*>(call.sum_dz)[u] = static_cast<N>(sums.dz);
+            static_cast<N*>(call.sum_dz_x)[u] = static_cast<N>(sums.dz_x);
         }
     }
 

@@ -59,6 +59,18 @@ struct Part {
 INLINE Floats all(float value) { return Floats{} + value; }
 INLINE Doubles all(double value) { return Doubles{} + value; }
 
+// Within bounds; NaN stays NaN.
+INLINE Floats between(float low, Floats x, float high) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_min_ps((__m512)all(high), _mm512_max_ps((__m512)all(low), (__m512)x));
+#elif defined(__AVX__)
+    return (Floats)_mm256_min_ps((__m256)all(high), _mm256_max_ps((__m256)all(low), (__m256)x));
+#else
+    x = x < all(low) ? all(low) : x;
+    return x > all(high) ? all(high) : x;
+#endif
+}
+
 // ---- loads ----------------------------------------------------------------------------------------------------------
 
 template <class V, class T> INLINE V raw(const T* from) {
@@ -85,7 +97,13 @@ template <> INLINE Halves raw<Halves, f16>(const f16* from, Part part) {
 }
 #endif
 
-INLINE Floats widen(bf16, Halves bits) { return (Floats)(__builtin_convertvector(bits, Words) << 16); }
+INLINE Floats widen(bf16, Halves bits) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)bits), 16);
+#else
+    return (Floats)(__builtin_convertvector(bits, Words) << 16);
+#endif
+}
 
 INLINE float widen_one(f16 value) {
     const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000) << 16, rest = value.bits & 0x7fff;
@@ -127,6 +145,12 @@ INLINE Floats load(const f16* from, Part part) { return widen(f16{}, raw<Halves>
 INLINE Halves narrow(bf16, Floats value) {
 #if defined(__AVX512BF16__)
     return (Halves)_mm512_cvtneps_pbh((__m512)value);
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+    const __m256i bits = (__m256i)value, odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    __m256i out = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd), 16);
+    const __m256i nan = (__m256i)_mm256_cmp_ps((__m256)value, (__m256)value, _CMP_UNORD_Q);
+    out = _mm256_blendv_epi8(out, _mm256_set1_epi32(0x7fc0), nan);
+    return (Halves)_mm_packus_epi32(_mm256_castsi256_si128(out), _mm256_extracti128_si256(out, 1));
 #else
     const Words bits = (Words)value;
     const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even

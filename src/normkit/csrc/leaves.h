@@ -13,27 +13,31 @@ template <class T> INLINE Lanes<T> at(const Number<T>* values, int64_t i) { retu
 // Arrays of coefficients are padded, so that the last register may be read whole.
 constexpr int64_t kPadding = 16;
 
-enum class Epilogue { none, relu, other };
-enum class Gate { none, relu, bits, other };  // how the gradient before the activation is found
+enum class Epilogue { none, relu, silu, other };
+enum class Gate { none, relu, bits, silu, other };  // how the gradient before the activation is found
 
 inline Epilogue epilogue_of(const Work& work) {
     if (work.activation == Activation::none) return Epilogue::none;
+    if (work.activation == Activation::silu) return Epilogue::silu;
     return work.activation == Activation::relu ? Epilogue::relu : Epilogue::other;
 }
 inline Gate gate_of(const Work& work) {
     if (work.activation == Activation::none) return Gate::none;
     if (work.activation == Activation::relu) return work.residual ? Gate::bits : Gate::relu;
+    if (work.activation == Activation::silu) return Gate::silu;
     return Gate::other;
 }
 
 template <Epilogue e, class V> INLINE V activated(V z, const Work& work, V slope) {
     if constexpr (e == Epilogue::none) return z;
     if constexpr (e == Epilogue::relu) return activated(z, Activation::relu, slope);
+    if constexpr (e == Epilogue::silu) return activated(z, Activation::silu, slope);
     return activated(z, work.activation, slope);
 }
 
 template <Gate g, class V> INLINE V gated(V dz, V z, const Work& work, V slope) {
-    if constexpr (g == Gate::relu) return where(above_zero(z), dz);
+    if constexpr (g == Gate::relu) return z > 0 ? dz : V{};
+    if constexpr (g == Gate::silu) return dz * derivative(z, Activation::silu, slope);
     if constexpr (g == Gate::other) return dz * derivative(z, work.activation, slope);
     return dz;
 }
@@ -58,6 +62,7 @@ template <class T, class C> struct Apply {
         switch (epilogue_of(work)) {
             case Epilogue::none: return work.residual ? leaf<Epilogue::none, true> : leaf<Epilogue::none, false>;
             case Epilogue::relu: return work.residual ? leaf<Epilogue::relu, true> : leaf<Epilogue::relu, false>;
+            case Epilogue::silu: return work.residual ? leaf<Epilogue::silu, true> : leaf<Epilogue::silu, false>;
             default: return work.residual ? leaf<Epilogue::other, true> : leaf<Epilogue::other, false>;
         }
     }
@@ -82,7 +87,7 @@ template <class T, class C> struct Gradient {
                 dz = where(get_bits(bits, i, dz), dz);
             } else if constexpr (g != Gate::none) {
                 Lanes<T> z = v * at<T>(c.scale, i) + at<T>(c.shift, i);
-                if constexpr (g == Gate::other)
+                if constexpr (g == Gate::other || g == Gate::silu)
                     if (r) z += load(r + i, m);
                 dz = gated<g>(dz, z, work, slope);
             }
@@ -96,6 +101,7 @@ template <class T, class C> struct Gradient {
             case Gate::none: return leaf<Gate::none>;
             case Gate::relu: return leaf<Gate::relu>;
             case Gate::bits: return leaf<Gate::bits>;
+            case Gate::silu: return leaf<Gate::silu>;
             default: return leaf<Gate::other>;
         }
     }
@@ -118,7 +124,7 @@ template <class T> struct RunSums {
                 dz = where(get_bits(bits, i, dz), dz);
             } else if constexpr (g != Gate::none) {
                 Lanes<T> z = v * scale + shift;
-                if constexpr (g == Gate::other)
+                if constexpr (g == Gate::other || g == Gate::silu)
                     if (r) z += load(r + i, m);
                 dz = gated<g>(dz, z, work, slope);
             }
@@ -134,6 +140,7 @@ template <class T> struct RunSums {
             case Gate::none: return leaf<Gate::none>;
             case Gate::relu: return leaf<Gate::relu>;
             case Gate::bits: return leaf<Gate::bits>;
+            case Gate::silu: return leaf<Gate::silu>;
             default: return leaf<Gate::other>;
         }
     }

@@ -263,7 +263,7 @@ template <class T> void backwards(const Work& work, const Backward& call) {
         case Gate::none: return backwards<T, Gate::none>(work, call);
         case Gate::relu: return backwards<T, Gate::relu>(work, call);
         case Gate::bits: return backwards<T, Gate::bits>(work, call);
-        case Gate::other: return backwards<T, Gate::other>(work, call);
+        default: return backwards<T, Gate::other>(work, call);
     }
 }
 

@@ -180,7 +180,7 @@ template <class T> void forwards(const Work& work, const Forward& call) {
         case Epilogue::relu:
             return work.residual ? forwards<T, Epilogue::relu, true>(work, call)
                                  : forwards<T, Epilogue::relu, false>(work, call);
-        case Epilogue::other:
+        default:
             return work.residual ? forwards<T, Epilogue::other, true>(work, call)
                                  : forwards<T, Epilogue::other, false>(work, call);
     }
@@ -191,7 +191,7 @@ template <class T> void backwards(const Work& work, const Backward& call) {
         case Gate::none: return backwards<T, Gate::none>(work, call);
         case Gate::relu: return backwards<T, Gate::relu>(work, call);
         case Gate::bits: return backwards<T, Gate::bits>(work, call);
-        case Gate::other: return backwards<T, Gate::other>(work, call);
+        default: return backwards<T, Gate::other>(work, call);
     }
 }
 
