@@ -15,6 +15,7 @@ from normkit.cli import arguments
 from normkit.cli.errors import UserError, from_user
 from normkit.cli.output import show, show_json
 from normkit.layout import parse
+from normkit.vocabulary.spec import find
 
 
 @dataclass
@@ -99,9 +100,10 @@ def _layer(asked: Explain, x: Tensor) -> nn.Module:
     layer = nk.create(asked.norm, x.shape[1], dim=dim, **options)
     if not getattr(layer, "channels_first", True):  # a norm of features: they are the last axis, as in a transformer
         layer = nk.create(asked.norm, x.shape[-1], dim=dim, **options)
-    if x.dim() == 2 and _pools_space_alone(layer.spec.over):
+    spec = find(asked.norm.partition(":")[0])[0].spec
+    if x.dim() == 2 and _pools_space_alone(spec.over):
         raise UserError(
-            f"--shape {asked.shape} has no spatial axes, and {layer.spec.name} pools over nothing else.\n"
+            f"--shape {asked.shape} has no spatial axes, and {spec.name} pools over nothing else.\n"
             "  write n,c,l (sequences) or n,c,h,w (images) or n,c,d,h,w (volumes)"
         )
     return layer.to(device=x.device, dtype=x.dtype).train(not asked.evaluate)
