@@ -66,8 +66,8 @@ def factory(name: Name, *, dim: int = 2, **options: Any) -> functools.partial[nn
     """A picklable callable ``num_channels -> layer`` for the ``norm_layer=`` argument of torchvision and timm models.
 
     It is a ``functools.partial``, which timm asks for and takes apart. A module among the options is copied for each
-    layer; more options can be given with the number of channels. Models of timm that want norm and activation as one of
-    timm's own layers (EfficientNet, ResNetV2) cannot take it.
+    layer; more options can be given with the number of channels. timm's EfficientNets want timm's own layers of norm
+    and activation, with options of their own, and cannot take it.
 
     Args:
         name: as in :func:`create`.
