@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normkit import epilogue, reference
+from normkit import epilogue, masked, reference
 from normkit.kernels import loading, native
 from normkit.kernels import phases as halves
 from normkit.layout import solve
@@ -51,6 +51,8 @@ class Call:
     momentum: float = 0.0
     reference: Callable[[], Tensor] | None = None
     """The exact arithmetic of a norm that pools nothing; ``None``: the pattern says it."""
+    counted: Tensor | None = None
+    """Broadcasts against the input: which values enter the statistics; ``None``: all."""
     merged: bool = False
     """The moments are merged with others before they normalise: kernels run in two halves (:func:`phases`)."""
     plan: Any = None
@@ -124,9 +126,21 @@ def normalize(
     residual: Tensor | None = None,
     activation: epilogue.Activation = None,
     backend: str | None = None,
+    mask: Tensor | None = None,
     **details: Any,
 ) -> Tensor:
-    """Carry out one norm on the backend that the caller, the surrounding ``nk.backend`` or the order chooses."""
+    """Carry out one norm on the backend that the caller, the surrounding ``nk.backend`` or the order chooses.
+
+    ``mask`` broadcasts against ``x``: only where it is True do values enter the statistics; elsewhere the output is 0.
+    Input and residual are 0 there already: what is there may be NaN, and ``by_torch`` has the input at hand.
+    """
+    if mask is not None:
+        call = Call(spec, x, weight, bias, by_torch, **details)
+        if masked.divides(call, mask):
+            call.counted = details["counted"] = mask
+            by_torch = functools.partial(masked.normalised, call)
+        following: dict[str, Any] = {"residual": residual, "activation": activation, "backend": backend}
+        return torch.where(mask, normalize(spec, x, weight, bias, by_torch=by_torch, **following, **details), 0)
     name = backend or _active
     fused = residual is not None or activation is not None
     direct = name == "torch" or (

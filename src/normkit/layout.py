@@ -128,3 +128,27 @@ def solve(pattern: str, shape: tuple[int, ...], *, groups: int = 1, trailing: in
     if position != len(shape):
         raise ValueError(f'pattern "{pattern}" covers {position} axes, the shape {shape} has {len(shape)}')
     return Layout(tuple(view), tuple(pooled), tuple(weighted))
+
+
+def roles(pattern: str, axes: int, trailing: int = 1) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """What the axes of any tensor with so many axes are for, whatever their sizes.
+
+    Returns:
+        The pooled axes and the weighted ones, counted with the parentheses opened; then the axes of the tensor itself
+        along which a sample may be padded: neither the samples' nor the channels'.
+
+    >>> roles("n (g [c]) [s...]", 4)
+    ((2, 3, 4), (1, 2), (2, 3))
+    """
+    try:
+        layout = solve(pattern, (1,) * axes, trailing=trailing)
+    except ValueError:
+        raise ValueError(f'pattern "{pattern}" needs more axes than the {axes} of the input') from None
+    opened = len(layout.view) - axes
+    others = (axis for axis in range(1, len(layout.view)) if axis not in layout.weighted)
+    padded = tuple(axis - opened if axis > layout.weighted[0] else axis for axis in others)
+    return layout.pooled, layout.weighted, padded
+
+
+# What torch.compiler.assume_constant_result does, which would load the compiler: regular expressions cannot be traced.
+roles._dynamo_marked_constant = True  # type: ignore[attr-defined]

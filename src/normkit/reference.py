@@ -28,9 +28,16 @@ def run(call: Call) -> Tensor:
     x = call.x.double().reshape(layout.view)
     kept = [size if axis not in layout.pooled else 1 for axis, size in enumerate(layout.view)]
     if call.batch_statistics:
-        mean = x.mean(layout.pooled, keepdim=True) if call.spec.center else torch.zeros(kept, dtype=x.dtype)
-        var = (x - mean).square().mean(layout.pooled, keepdim=True)
-        _move_running(call, mean, var, layout.values)
+        values = torch.full(kept, float(layout.values), dtype=x.dtype)
+        average = lambda t: t.mean(layout.pooled, keepdim=True)
+        if call.counted is not None:
+            counted = call.counted.expand(call.x.shape).reshape(layout.view)
+            values = counted.double().sum(layout.pooled, keepdim=True)
+            average = lambda t: (t * counted).sum(layout.pooled, keepdim=True) / values.clamp(min=1)
+        mean = average(x) if call.spec.center else torch.zeros(kept, dtype=x.dtype)
+        var = average((x - mean).square())
+        _move_running(call, mean, var, values)
+        var = torch.where(values > 0, var, 1)
     else:
         assert call.running_mean is not None
         assert call.running_var is not None
@@ -44,13 +51,17 @@ def run(call: Call) -> Tensor:
 
 
 @torch.no_grad()
-def _move_running(call: Call, mean: Tensor, var: Tensor, values: int) -> None:
-    """running = (1 - momentum) * running + momentum * batch, with the unbiased variance; instances are averaged."""
-    if call.running_mean is None or call.running_var is None or not values or not call.x.numel():
+def _move_running(call: Call, mean: Tensor, var: Tensor, values: Tensor) -> None:
+    """running = (1 - momentum) * running + momentum * batch, with the unbiased variance; instances are averaged.
+
+    Under a mask, those instances that have a mean (one value), and those that have a variance (two).
+    """
+    if call.running_mean is None or call.running_var is None or not call.x.numel():
         return
-    if values == 1:
+    if call.counted is None and values.max() == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {call.x.shape}")
     unbiased = var * (values / (values - 1))
-    for running, batch in ((call.running_mean, mean), (call.running_var, unbiased)):
-        pooled = batch.reshape(-1, running.numel()).mean(0)
+    for running, batch, least in ((call.running_mean, mean, 1), (call.running_var, unbiased, 2)):
+        enough = (values >= least).expand(batch.shape).reshape(-1, running.numel())
+        pooled = torch.where(enough, batch.reshape(enough.shape), 0).sum(0) / enough.sum(0)
         running.copy_((1 - call.momentum) * running.double() + call.momentum * pooled)

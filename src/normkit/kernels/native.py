@@ -41,6 +41,8 @@ def reasons_against(call: Call) -> list[str]:
             return [f"a tensor is on {tensor.device}; these kernels are for the CPU"]
         if tensor.layout is not torch.strided or tensor.is_neg():
             return ["a tensor is sparse, or a view that changes its values"]
+    if call.counted is not None:
+        return ["a mask leaves out some of the values that share their statistics"]
     if call.eps <= 0:
         return ["epsilon is not positive, which torch refuses for some norms"]
     if _is_watched():

@@ -13,7 +13,7 @@ from normkit.norm import Norm, traced_as_call
 from normkit.statistics.application import Application, normalise, train
 from normkit.statistics.batch import PLAIN
 from normkit.statistics.buffers import Kept, LazyFeatures, RunningStatistics, as_statistics
-from normkit.statistics.masking import as_mask
+from normkit.statistics.masking import masked
 from normkit.statistics.policy import PREFIX, Policy, begin
 from normkit.vocabulary.spec import Spec
 
@@ -41,6 +41,8 @@ def batch_norm(
     *,
     activation: Activation = None,
     residual: Tensor | None = None,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Standardise each channel over the mini-batch (or by running statistics), scale, shift; add; activate.
@@ -59,13 +61,17 @@ def batch_norm(
         eps: added to the variance.
         activation: ``"relu"``, ``"leaky_relu"``, ``"silu"``, ``"gelu"``, a callable, or ``None``.
         residual: (n, c, s...), added after the affine step and before the activation.
+        mask: of bool, True where a value counts: (n, s...), or any shape with as many axes as x that broadcasts to it.
+            Only these enter any statistic; elsewhere the output and all gradients are 0.
+        lengths: (n,), or (n, axes of space): the mask of samples that are padded at the end.
         backend: see :func:`normkit.backend`.
 
     Returns:
         (n, c, s...).
 
     Raises:
-        ValueError: one value per channel in training; a residual of another shape; an unknown name.
+        ValueError: one value per channel in training; a residual of another shape; an unknown name; a mask or lengths
+            that do not fit.
         RuntimeError: parameters that do not fit the channels.
 
     Differs from ``torch.nn.functional.batch_norm``: a batch with NaN or infinity leaves the running statistics as they
@@ -82,7 +88,9 @@ def batch_norm(
     """
     if isinstance(x, Proxy):
         return traced_as_call(batch_norm, locals())
-    details = {"residual": residual, "activation": activation, "backend": backend}
+    if mask is not None or lengths is not None:
+        x, residual, mask = masked(SPEC.name, SPEC.over, x, residual, mask, lengths)
+    details = {"residual": residual, "activation": activation, "backend": backend, "mask": mask}
     if not training or running_mean is None or running_var is None:
         return normalise(
             SPEC, x, running_mean, running_var, weight, bias, by_batch=training, momentum=momentum, eps=eps, **details
@@ -130,10 +138,8 @@ class _BatchNorm(Norm, RunningStatistics):
     def _by_policy(
         self, x: Tensor, residual: Tensor | None, mask: Tensor | None, lengths: Tensor | None, step: int | None
     ) -> Tensor:
-        space = tuple(range(2, x.dim()))
-        mask = as_mask(x, mask, lengths, axes=space, what=type(self).__name__)
-        if mask is not None:
-            x = torch.where(mask, x, 0)
+        if mask is not None or lengths is not None:
+            x, residual, mask = masked(type(self).__name__, SPEC.over, x, residual, mask, lengths)
         weight, bias = as_statistics(self.running_mean, self.weight, self.bias)
         kept = self.statistics.kept(self, step)
         call = Application(self, x, weight, bias, mask, residual, step, kept)

@@ -13,6 +13,7 @@ from torch.fx import Proxy
 from normkit.dispatch import normalize
 from normkit.epilogue import Activation
 from normkit.norm import Norm, traced_as_call
+from normkit.statistics.masking import masked
 from normkit.vocabulary.spec import Spec
 
 SPEC = Spec(
@@ -37,6 +38,8 @@ def group_norm(
     *,
     activation: Activation = None,
     residual: Tensor | None = None,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Standardise each group of channels of each sample, over its channels and space; scale, shift; add; activate.
@@ -51,6 +54,9 @@ def group_norm(
         eps: added to the variance.
         activation: ``"relu"``, ``"leaky_relu"``, ``"silu"``, ``"gelu"``, a callable, or ``None``.
         residual: (n, c, s...), added after the affine step and before the activation.
+        mask: of bool, True where a value counts: (n, s...), or any shape with as many axes as x that broadcasts to it.
+            A group is standardised over its values that count; elsewhere the output and all gradients are 0.
+        lengths: (n,), or (n, axes of space): the mask of samples that are padded at the end.
         backend: see :func:`normkit.backend`.
 
     Returns:
@@ -58,7 +64,7 @@ def group_norm(
 
     Raises:
         RuntimeError: channels that do not divide into the groups; parameters that do not fit.
-        ValueError: one value in all; a residual of another shape; an unknown name.
+        ValueError: one value in all; a residual of another shape; an unknown name; a mask or lengths that do not fit.
 
     >>> import torch, normkit as nk
     >>> nk.functional.group_norm(torch.tensor([[1.0, 3.0, 10.0, 30.0]]), 2, eps=1e-12).tolist()
@@ -70,6 +76,8 @@ def group_norm(
     """
     if isinstance(x, Proxy):
         return traced_as_call(group_norm, locals())
+    if mask is not None or lengths is not None:
+        x, residual, mask = masked(SPEC.name, SPEC.over, x, residual, mask, lengths)
     return normalize(
         SPEC,
         x,
@@ -81,6 +89,7 @@ def group_norm(
         residual=residual,
         activation=activation,
         backend=backend,
+        mask=mask,
     )
 
 
@@ -101,7 +110,8 @@ class GroupNorm(Norm, nn.GroupNorm, spec=SPEC):
         activation: a name, a module or its class, or ``None``; a child module of the layer.
         backend: see :func:`normkit.backend`.
 
-    Shapes: input, ``residual`` and output (n, c, s...). ``forward(input, *, residual=None)``.
+    Shapes: input, ``residual`` and output (n, c, s...). ``forward(input, *, residual=None, mask=None, lengths=None)``:
+    the mask (True: keep), (n, s...), or the lengths of padded samples, (n,) or (n, axes of space).
 
     Raises:
         ValueError: ``num_channels`` does not divide into ``num_groups``; the message lists the divisors.
@@ -139,8 +149,18 @@ class GroupNorm(Norm, nn.GroupNorm, spec=SPEC):
     def for_channels(cls, num_channels: int, *, dim: int, num_groups: int = 32, **options: Any) -> nn.Module:
         return cls(num_groups, num_channels, **options)
 
-    def forward(self, input: Tensor, *, residual: Tensor | None = None) -> Tensor:
-        """(n, c, s...) -> (n, c, s...); ``residual`` (same shape) is added before the activation."""
+    def forward(
+        self,
+        input: Tensor,
+        *,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
+        """(n, c, s...) -> (n, c, s...); ``residual`` (same shape) is added before the activation.
+
+        ``mask`` or ``lengths`` say what is padding: see :func:`normkit.functional.group_norm`.
+        """
         y = group_norm(
             input,
             self.num_groups,
@@ -149,6 +169,8 @@ class GroupNorm(Norm, nn.GroupNorm, spec=SPEC):
             self.eps,
             activation=self.activation,
             residual=residual,
+            mask=mask,
+            lengths=lengths,
             backend=self.backend,
         )
         if not self._warned and not torch.compiler.is_compiling():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from normkit.epilogue import Activation
 from normkit.moments import Moments
 from normkit.norm import Norm, traced_as_call, unambiguous
 from normkit.statistics.buffers import Kept, LazyFeatures, RunningStatistics, as_statistics
+from normkit.statistics.masking import masked
 from normkit.vocabulary.spec import Spec
 
 SPEC = Spec(
@@ -42,6 +44,8 @@ def instance_norm(
     *,
     activation: Activation = None,
     residual: Tensor | None = None,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Standardise each channel of each sample over space (or by running statistics), scale, shift; add; activate.
@@ -59,13 +63,18 @@ def instance_norm(
         eps: added to the variance.
         activation: ``"relu"``, ``"leaky_relu"``, ``"silu"``, ``"gelu"``, a callable, or ``None``.
         residual: (n, c, s...), added after the affine step and before the activation.
+        mask: of bool, True where a value counts: (n, s...), or any shape with as many axes as x that broadcasts to it.
+            Mean and variance of an instance are over its values that count; elsewhere the output and all gradients are
+            0. The running statistics average the instances that have a mean (one value) and a variance (two).
+        lengths: (n,), or (n, axes of space): the mask of samples that are padded at the end.
         backend: see :func:`normkit.backend`.
 
     Returns:
         (n, c, s...), channels-last for a channels-last input.
 
     Raises:
-        ValueError: one value per instance; a residual of another shape; an unknown name.
+        ValueError: one value per instance; a residual of another shape; an unknown name; a mask or lengths that do not
+            fit.
 
     Differs from ``torch.nn.functional.instance_norm``: keeps channels-last; a batch with NaN or infinity leaves the
     running statistics as they were.
@@ -80,7 +89,9 @@ def instance_norm(
     """
     if isinstance(x, Proxy):
         return traced_as_call(instance_norm, locals())
-    details = {"eps": eps, "residual": residual, "activation": activation, "backend": backend}
+    if mask is not None or lengths is not None:
+        x, residual, mask = masked(SPEC.name, SPEC.over, x, residual, mask, lengths)
+    details = {"eps": eps, "residual": residual, "activation": activation, "backend": backend, "mask": mask}
     if not use_input_stats or running_mean is None or running_var is None:
         return _call(x, running_mean, running_var, weight, bias, use_input_stats, momentum, details)
     return _train(x, Kept(running_mean, running_var, momentum), weight, bias, details)
@@ -91,12 +102,20 @@ def _train(x: Tensor, kept: Kept, weight: Tensor | None, bias: Tensor | None, de
     momentum, _ = kept.pace(lambda: x.shape[0])
     mean, var = kept.mean.clone(), kept.var.clone()
     y = _call(x, mean, var, weight, bias, True, momentum, details)
-    if kept.pending is None:
+    if kept.pending is None or kept.still:
         kept.commit((mean, var))
     else:  # averages over the samples: of their means, and of their variances
-        samples = torch.full((), x.shape[0], dtype=torch.float64, device=x.device)
+        samples = _samples(x, details.get("mask"))
         kept.observe(Moments(samples, mean, var * samples.to(var.dtype)))
     return y
+
+
+def _samples(x: Tensor, mask: Tensor | None) -> Tensor:
+    """How many samples have a mean and a variance, in float64; (c,) where a mask is given."""
+    if mask is None:
+        return torch.full((), x.shape[0], dtype=torch.float64, device=x.device)
+    enough = mask.expand_as(x).flatten(2).sum(2) >= 2
+    return enough.sum(0, dtype=torch.float64)
 
 
 def _call(
@@ -141,25 +160,45 @@ def _like(y: Tensor, x: Tensor) -> Tensor:
 class _InstanceNorm(Norm, RunningStatistics):
     """Forward and options of instance norm; the classes below add torch's class of each dimension."""
 
-    def forward(self, input: Tensor, *, residual: Tensor | None = None) -> Tensor:
-        """(n, c, s...) or (c, s...) -> the same; ``residual`` (same shape) is added before the activation."""
+    def forward(
+        self,
+        input: Tensor,
+        *,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
+        """(n, c, s...) or (c, s...) -> the same; ``residual`` (same shape) is added before the activation.
+
+        ``mask`` or ``lengths`` say what is padding: see :func:`normkit.functional.instance_norm`. Of a sample without
+        its axis n they have none either: (s...) and (), or (axes of space,).
+        """
         self._check_input_dim(input)
         single = input.dim() == self._get_no_batch_dim()  # type: ignore[operator]
         channels = input.size(0 if single else 1)
         if channels != self.num_features:
             self._complain(channels, 0 if single else 1)
         if single:
-            return self._apply_instance_norm(
-                input.unsqueeze(0), None if residual is None else residual.unsqueeze(0)
-            ).squeeze(0)
-        return self._apply_instance_norm(input, residual)
+            alone: Any = lambda t: None if t is None else torch.as_tensor(t).unsqueeze(0)
+            given = [alone(t) for t in (input, residual, mask, lengths)]
+            return self._apply_instance_norm(*given).squeeze(0)
+        return self._apply_instance_norm(input, residual, mask, lengths)
 
-    def _apply_instance_norm(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    def _apply_instance_norm(
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
+        if mask is not None or lengths is not None:
+            input, residual, mask = masked(type(self).__name__, SPEC.over, input, residual, mask, lengths)
         details = {
             "eps": self.eps,
             "residual": residual,
             "activation": self.activation,
             "backend": self.backend,
+            "mask": mask,
         }
         by_input = (self.training and not self.frozen) or not self.track_running_stats
         kept = self.kept() if by_input else None
@@ -259,7 +298,8 @@ class InstanceNorm2d(_Sized, nn.InstanceNorm2d, spec=SPEC, dim=2):
         backend: see :func:`normkit.backend`.
         low_precision_buffers: let ``.half()`` and ``.bfloat16()`` cast the running statistics, as torch does.
 
-    Shapes: input, ``residual`` and output (n, c, h, w) or (c, h, w). ``forward(input, *, residual=None)``.
+    Shapes: input, ``residual`` and output (n, c, h, w) or (c, h, w). ``forward(input, *, residual=None, mask=None,
+    lengths=None)``: the mask (True: keep), (n, h, w), or the lengths of padded samples, (n, 2).
 
     Raises:
         ValueError: an input with another number of axes or channels; one value per instance.

@@ -13,6 +13,7 @@ from torch.fx import Proxy
 from normkit.dispatch import normalize
 from normkit.epilogue import Activation
 from normkit.norm import Norm, machine_eps, over_channels, single_axis, traced_as_call
+from normkit.statistics.masking import masked
 from normkit.vocabulary.spec import Spec
 
 SPEC = Spec(
@@ -36,6 +37,8 @@ def rms_norm(
     channels_first: bool = False,
     activation: Activation = None,
     residual: Tensor | None = None,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Divide by the root mean square over the last axes (or over the channels of (n, c, s...)); scale; add; activate.
@@ -50,6 +53,10 @@ def rms_norm(
         channels_first: the features are axis 1, in and out.
         activation: ``"relu"``, ``"leaky_relu"``, ``"silu"``, ``"gelu"``, a callable, or ``None``.
         residual: of the shape of x, added after scaling and before the activation.
+        mask: of bool, True where a value counts: (n...) for whole tokens, (n, s...) with ``channels_first``, or any
+            shape with as many axes as x that broadcasts to it. Elsewhere the output and all gradients are 0. A mask of
+            tokens leaves the statistics of those that it keeps as they are; one of features leaves features out.
+        lengths: (n,), or (n, axes of space): the mask of samples that are padded at the end.
         backend: see :func:`normkit.backend`.
 
     Returns:
@@ -57,7 +64,8 @@ def rms_norm(
 
     Raises:
         RuntimeError: an input or a weight that does not fit ``normalized_shape``.
-        ValueError: a residual of another shape; an unknown name; several sizes with ``channels_first``.
+        ValueError: a residual of another shape; an unknown name; several sizes with ``channels_first``; a mask or
+            lengths that do not fit.
 
     >>> import torch, normkit as nk
     >>> nk.functional.rms_norm(torch.tensor([[3.0, 3.0]]), (2,)).tolist()
@@ -67,6 +75,9 @@ def rms_norm(
     """
     if isinstance(x, Proxy):
         return traced_as_call(rms_norm, locals())
+    over = "n [c] s..." if channels_first else SPEC.over
+    if mask is not None or lengths is not None:
+        x, residual, mask = masked(SPEC.name, over, x, residual, mask, lengths, trailing=len(normalized_shape))
     if eps is None:
         eps = machine_eps(x.dtype)
     if channels_first:
@@ -80,13 +91,14 @@ def rms_norm(
         weight,
         None,
         by_torch=by_torch,
-        over="n [c] s..." if channels_first else None,
+        over=over,
         trailing=len(normalized_shape),
         sizes=tuple(normalized_shape),
         eps=eps,
         residual=residual,
         activation=activation,
         backend=backend,
+        mask=mask,
     )
 
 
@@ -105,7 +117,8 @@ class RMSNorm(Norm, nn.RMSNorm, spec=SPEC):
         activation: a name, a module or its class, or ``None``; a child module of the layer.
         backend: see :func:`normkit.backend`.
 
-    Shapes: input, ``residual`` and output (n..., c...), or (n, c, s...). ``forward(input, *, residual=None)``.
+    Shapes: input, ``residual`` and output (n..., c...), or (n, c, s...). ``forward(input, *, residual=None, mask=None,
+    lengths=None)``: the mask of tokens (True: keep), (n...) or (n, s...), or the lengths of padded samples, (n,).
 
     Raises:
         RuntimeError: an input that does not end in ``normalized_shape``.
@@ -144,8 +157,18 @@ class RMSNorm(Norm, nn.RMSNorm, spec=SPEC):
     ) -> nn.Module:
         return cls(num_channels, channels_first=dim > 1 if channels_first is None else channels_first, **options)
 
-    def forward(self, input: Tensor, *, residual: Tensor | None = None) -> Tensor:
-        """(n..., c...) -> the same; ``residual`` (same shape) is added before the activation."""
+    def forward(
+        self,
+        input: Tensor,
+        *,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
+        """(n..., c...) -> the same; ``residual`` (same shape) is added before the activation.
+
+        ``mask`` or ``lengths`` say what is padding: see :func:`normkit.functional.rms_norm`.
+        """
         return rms_norm(
             input,
             self.normalized_shape,
@@ -154,6 +177,8 @@ class RMSNorm(Norm, nn.RMSNorm, spec=SPEC):
             channels_first=self.channels_first,
             activation=self.activation,
             residual=residual,
+            mask=mask,
+            lengths=lengths,
             backend=self.backend,
         )
 

@@ -5,6 +5,42 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from normkit.layout import roles
+
+
+def masked(
+    what: str,
+    over: str | None,
+    x: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    *,
+    trailing: int = 1,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Input and residual of one call with 0 where nothing counts, and the mask, with as many axes as they have.
+
+    Whatever was there, NaN included, reaches neither an output nor a gradient.
+
+    Args:
+        what: the norm, for messages.
+        over: its pattern, which says along which axes a sample may be padded.
+        x: the input.
+        residual: of the same shape; another one is left for the norm to refuse.
+        mask: see :func:`as_mask`.
+        lengths: see :func:`as_mask`.
+        trailing: as in :func:`normkit.layout.solve`.
+
+    Raises:
+        ValueError, TypeError: as :func:`as_mask`.
+    """
+    assert over is not None
+    keep = as_mask(x, mask, lengths, axes=roles(over, x.dim(), trailing)[2], what=what)
+    assert keep is not None
+    if residual is not None and residual.shape == x.shape:
+        residual = torch.where(keep, residual, 0)
+    return torch.where(keep, x, 0), residual, keep
+
 
 def as_mask(
     x: Tensor, mask: Tensor | None, lengths: Tensor | None, *, axes: tuple[int, ...], what: str
@@ -14,7 +50,7 @@ def as_mask(
     Args:
         x: the input.
         mask: of bool, ``True`` where an element counts; broadcasts against ``x`` once it has as many axes. With fewer
-            axes it is (n, s...): everything but the channels.
+            axes it has the samples' and those of ``axes``: everything but the channels.
         lengths: (n,) valid positions along the one axis of ``axes``, or (n, len(axes)) along each of them.
         axes: the axes of ``x`` along which samples may be padded.
         what: the layer, for messages.
@@ -35,8 +71,8 @@ def as_mask(
             f"{what}: the mask is of {mask.dtype}; it must be of torch.bool, True where an element counts.\n"
             "  mask.bool() makes it one; where 1 means padding, (mask == 0)"
         )
-    if mask.dim() == x.dim() - 1 and mask.shape == _without(x.shape, axes):
-        mask = mask.unsqueeze(_channel_axis(x, axes))
+    if mask.dim() < x.dim() and mask.shape == _without(x.shape, axes):
+        mask = mask.reshape([size if axis == 0 or axis in axes else 1 for axis, size in enumerate(x.shape)])
     if mask.dim() != x.dim() or any(m not in (1, size) for m, size in zip(mask.shape, x.shape, strict=True)):
         raise ValueError(
             f"{what}: the mask has the shape {tuple(mask.shape)}, the input {tuple(x.shape)}.\n"
@@ -44,11 +80,6 @@ def as_mask(
             "input's with as many axes"
         )
     return mask
-
-
-def _channel_axis(x: Tensor, axes: tuple[int, ...]) -> int:
-    """The one axis that is neither the samples' nor padded."""
-    return next(axis for axis in range(1, x.dim()) if axis not in axes)
 
 
 def _without(shape: torch.Size, axes: tuple[int, ...]) -> tuple[int, ...]:
@@ -60,7 +91,10 @@ def _from_lengths(x: Tensor, lengths: Tensor, axes: tuple[int, ...], what: str) 
     if lengths.dtype.is_floating_point or lengths.dtype == torch.bool:
         raise TypeError(f"{what}: lengths are numbers of positions; {lengths.dtype} is no integer type")
     if not axes:
-        raise ValueError(f"{what}: an input of the shape {tuple(x.shape)} has no axis along which it could be padded")
+        raise ValueError(
+            f"{what}: lengths say where samples end, and an input of the shape {tuple(x.shape)} has only samples and "
+            "channels.\n  give a mask=, of a shape that broadcasts to the input's with as many axes"
+        )
     expected = (x.shape[0], len(axes))
     table = lengths.unsqueeze(1) if lengths.dim() == 1 and len(axes) == 1 else lengths
     if tuple(table.shape) != expected:
@@ -81,8 +115,10 @@ def _from_lengths(x: Tensor, lengths: Tensor, axes: tuple[int, ...], what: str) 
 
 
 def _check_width(lengths: Tensor, width: int, axis: int, what: str) -> None:
-    if torch.compiler.is_compiling() or lengths.is_meta or not lengths.numel() or lengths.device.type != "cpu":
+    if torch.compiler.is_compiling() or not lengths.numel() or lengths.device.type != "cpu":
         return  # nothing waits for a device; there a longer length counts as the whole width
+    if torch._C._functorch.is_functorch_wrapped_tensor(lengths):
+        return  # under vmap nobody knows them either
     low, high = int(lengths.min()), int(lengths.max())
     if low < 0 or high > width:
         raise ValueError(
