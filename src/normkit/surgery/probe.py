@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from normkit.surgery import preserve
 from normkit.vocabulary.certificate import Agreement
 
 
@@ -42,14 +43,15 @@ def run(model: nn.Module, example_inputs: Any, *, training: bool) -> Outcome:
             ) from error
         leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
         tensors = {f"output {place}": leaf.detach().clone() for place, leaf in enumerate(leaves)}
-        tensors |= {f"buffer {name}": buffer.detach().clone() for name, buffer in model.named_buffers()}
+        tensors |= {preserve.buffer(name): held.detach().clone() for name, held in model.named_buffers()}
         return Outcome(training, tensors)
 
 
-def agreement(model: nn.Module, example_inputs: Any, before: Outcome) -> Agreement:
-    """How far the model's outputs are from those of before."""
+def agreement(model: nn.Module, example_inputs: Any, before: Outcome, meant: Collection[str] = ()) -> Agreement:
+    """How far the model's outputs are from those of before; ``meant``: buffers that were meant to change."""
     after = run(model, example_inputs, training=before.training)
-    error = max((_distance(then, after.tensors.get(name)) for name, then in before.tensors.items()), default=0.0)
+    kept = {name: then for name, then in before.tensors.items() if name not in meant}
+    error = max((_distance(then, after.tensors.get(name)) for name, then in kept.items()), default=0.0)
     return Agreement(before.training, error, _limit(model, example_inputs, before))
 
 

@@ -7,6 +7,7 @@ else holds on to it. normkit's classes are subclasses of torch's, so all that is
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,17 +39,17 @@ def looks_like_a_norm(module: nn.Module) -> bool:
     return isinstance(module, _TORCH_NORMS)
 
 
-def reasons_against(module: nn.Module) -> list[str]:
-    """Why a layer cannot become normkit's, as sentences; empty: it can."""
-    kind = type(module)
+def reasons_against(module: nn.Module, table: Mapping[type, type] | None = None) -> list[str]:
+    """Why a layer cannot become normkit's, as sentences; empty: it can. ``table``: :func:`twins`, or more classes."""
+    kind, table = type(module), twins() if table is None else table
     if isinstance(module, Norm):
         return ["it is normkit's already"]
     if parametrize.is_parametrized(module):
         return ["it has parametrizations; remove them with torch.nn.utils.parametrize.remove_parametrizations first"]
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
         return ["its size is not known yet; run one batch through the model first"]
-    if kind not in twins():
-        own = next((base for base in kind.__mro__ if base in twins()), None)
+    if kind not in table:
+        own = next((base for base in kind.__mro__ if base in table), None)
         if own is None:
             return [f"normkit has no layer in the place of {kind.__name__}"]
         return [f"{kind.__module__}.{kind.__qualname__} is a subclass of {own.__name__} and may compute something else"]
@@ -62,16 +63,17 @@ class Recast:
     """Give a torch layer normkit's class. An edit of :mod:`normkit.surgery.operate`."""
 
     module: nn.Module
+    after: Any = None
+    """normkit's class; ``None``: the twin."""
     before: type[nn.Module] = field(init=False)
-    after: type[Norm] = field(init=False)
     added: dict[str, list[str]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.before = type(self.module)
-        self.after = twins()[self.before]
+        self.after = self.after or twins()[self.before]
 
     def apply(self) -> None:
-        fresh = _fresh(self.module, self.after)
+        fresh = _fresh(self.module, self.after, self.before)
         if hasattr(fresh, "low_precision_buffers"):  # what the layer keeps in half precision stays so
             kept = [getattr(self.module, name) for name in NAMES]
             fresh.low_precision_buffers = any(b is not None and b.dtype.itemsize < 4 for b in kept)
@@ -106,11 +108,45 @@ class Recast:
             ours.pop(name, None)
 
 
-def _fresh(module: nn.Module, cls: type[Norm]) -> Any:
-    """A layer with the same arguments that torch's constructor had; on ``meta``, so that it costs nothing.
+@dataclass
+class Uncast:
+    """Give torch's class back to a layer that was recast, however long ago. An edit as :class:`Recast` is."""
+
+    module: nn.Module
+    after: type[nn.Module]
+    before: type[nn.Module] = field(init=False)
+    removed: dict[str, dict[str, Any]] = field(init=False, default_factory=dict)
+    counters: set[str] = field(init=False, default_factory=set)
+
+    def apply(self) -> None:
+        self.before = type(self.module)
+        ours, torchs = (vars(_fresh(self.module, cls, self.after)) for cls in (self.before, self.after))
+        state = vars(self.module)
+        for store in ("", *_STORES):
+            place, more, plain = (state, ours, torchs) if not store else (state[store], ours[store], torchs[store])
+            names = [name for name in more if name not in plain and name in place]
+            self.removed[store] = {name: place.pop(name) for name in names}
+        self.counters = ours["_non_persistent_buffers_set"] & self.module._non_persistent_buffers_set
+        self.module._non_persistent_buffers_set -= self.counters
+        self.module.__class__ = self.after
+
+    def objections(self) -> list[str]:
+        kind = type(self.module)
+        return [] if kind is self.after else [f"its class is now {kind.__module__}.{kind.__qualname__}"]
+
+    def revert(self) -> None:
+        self.module.__class__ = self.before
+        state = vars(self.module)
+        for store, values in self.removed.items():
+            (state[store] if store else state).update(values)
+        self.module._non_persistent_buffers_set |= self.counters
+
+
+def _fresh(module: nn.Module, cls: type[nn.Module], torchs: type[nn.Module]) -> Any:
+    """A layer with the arguments that torch's constructor had; on ``meta``, so that it costs nothing.
 
     torch's norms keep every argument under its own name, but for ``bias``, whose name the parameter has.
     """
-    names = [name for name in inspect.signature(type(module)).parameters if name not in ("device", "dtype", "bias")]
+    names = [name for name in inspect.signature(torchs).parameters if name not in ("device", "dtype", "bias")]
     with torch.device("meta"):
         return cls(**{name: getattr(module, name) for name in names})
