@@ -10,7 +10,7 @@ from typing import Any as _Any
 
 import torch as _torch  # first: the compiled kernels share its OpenMP pool
 
-from normkit import functional, laws
+from normkit import functional, laws, statistics
 from normkit.allocator import tune_allocator
 from normkit.create import create, factory, list_norms
 from normkit.dispatch import Explanation, backend, explain
@@ -22,6 +22,7 @@ from normkit.norms.batch_norm import (
     LazyBatchNorm1d,
     LazyBatchNorm2d,
     LazyBatchNorm3d,
+    SyncBatchNorm,
 )
 from normkit.norms.dyt import DyT
 from normkit.norms.group_norm import GroupNorm
@@ -37,11 +38,14 @@ from normkit.norms.instance_norm import (
 from normkit.norms.layer_norm import LayerNorm
 from normkit.norms.rms_norm import RMSNorm
 from normkit.statistics.contexts import accumulate_statistics, statistics_frozen
+from normkit.statistics.per_domain import domain
+from normkit.statistics.policy import plain_state_dict
+from normkit.statistics.virtual import reference_batch
 from normkit.vocabulary.spec import Spec
 
 if _TYPE_CHECKING:
     from normkit import lab
-    from normkit.surgery import accelerate_, freeze_, unfreeze_
+    from normkit.surgery import accelerate_, freeze_, merge_statistics_, sync_, unfreeze_, unsync_
     from normkit.vocabulary.certificate import Certificate
 
 __version__ = "0.1.0.dev0"
@@ -68,11 +72,13 @@ __all__ = [
     "Moments",
     "RMSNorm",
     "Spec",
+    "SyncBatchNorm",
     "__version__",
     "accelerate_",
     "accumulate_statistics",
     "backend",
     "create",
+    "domain",
     "explain",
     "factory",
     "freeze_",
@@ -80,9 +86,15 @@ __all__ = [
     "lab",
     "laws",
     "list_norms",
+    "merge_statistics_",
+    "plain_state_dict",
+    "reference_batch",
+    "statistics",
     "statistics_frozen",
+    "sync_",
     "tune_allocator",
     "unfreeze_",
+    "unsync_",
 ]
 
 del _torch
@@ -92,7 +104,10 @@ _LATER = {
     "lab": "normkit.lab",  # experiments need the extra packages of normkit[lab]
     "accelerate_": "normkit.surgery",
     "freeze_": "normkit.surgery",
+    "merge_statistics_": "normkit.surgery",
+    "sync_": "normkit.surgery",
     "unfreeze_": "normkit.surgery",
+    "unsync_": "normkit.surgery",
     "Certificate": "normkit.vocabulary.certificate",
 }
 """What a model with these layers can do without: loaded on first use, so that importing normkit stays cheap."""

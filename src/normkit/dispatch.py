@@ -55,6 +55,8 @@ class Call:
     """Broadcasts against the input: which values enter the statistics; ``None``: all."""
     merged: bool = False
     """The moments are merged with others before they normalise: kernels run in two halves (:func:`phases`)."""
+    composite: bool = False
+    """What normalises is worked out by torch's operators alone, and so is the rest."""
     plan: Any = None
     """What a kernel that has no reason against the call has looked up for it."""
 
@@ -168,6 +170,8 @@ def phases(call: Call, backend: str | None = None) -> Callable[..., tuple[Tensor
     ``None``: torch's operators under torch's autograd, for whoever wants to see these.
     """
     name = backend or _active
+    if call.residual is not None and call.residual.shape != call.x.shape:
+        raise ValueError(_misfit(call.spec, call.x, call.residual))
     if _recording is not None and _recorder == threading.get_ident():
         _recording.append(call)
         raise _Recorded
@@ -176,6 +180,8 @@ def phases(call: Call, backend: str | None = None) -> Callable[..., tuple[Tensor
     against = ["asked for by name"] if name == "torch" else native.reasons_against(call)
     if name == "native" and against:
         raise _Refused(_refusal(call, NATIVE, against))
+    if call.composite:
+        return None
     return functools.partial(halves.run, halves.halves_for(call, against))
 
 

@@ -43,6 +43,8 @@ def reasons_against(call: Call) -> list[str]:
             return ["a tensor is sparse, or a view that changes its values"]
     if call.counted is not None:
         return ["a mask leaves out some of the values that share their statistics"]
+    if call.composite:
+        return ["the kernels know mean and variance only, the same for all that share them"]
     if call.eps <= 0:
         return ["epsilon is not positive, which torch refuses for some norms"]
     if _is_watched():

@@ -15,6 +15,7 @@ from normkit.statistics.batch import PLAIN
 from normkit.statistics.buffers import Kept, LazyFeatures, RunningStatistics, as_statistics
 from normkit.statistics.masking import masked
 from normkit.statistics.policy import PREFIX, Policy, begin
+from normkit.statistics.synchronized import Synchronized
 from normkit.vocabulary.spec import Spec
 
 SPEC = Spec(
@@ -163,6 +164,13 @@ class _BatchNorm(Norm, RunningStatistics):
             self.add_module(PREFIX, state)
             self.register_load_state_dict_post_hook(begin)
 
+    def reset_running_stats(self) -> None:
+        """Mean 0, variance 1, counters 0; and as new what the policy keeps."""
+        super().reset_running_stats()
+        state: Any = self._modules.get(PREFIX)
+        if state is not None:
+            state.reset()
+
     def _extra_options(self) -> list[str]:
         own = [] if self.statistics == PLAIN else [f"statistics={self.statistics!r}"]
         own += ["frozen=True"] if self.frozen else []
@@ -303,3 +311,59 @@ class LazyBatchNorm3d(_Lazy, nn.LazyBatchNorm3d, spec=SPEC, dim=3, lazy=True):
     """:class:`BatchNorm3d` that takes ``num_features`` from the first input."""
 
     cls_to_become = BatchNorm3d
+
+
+class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
+    """Batch norm over the batches of all processes: see :class:`BatchNorm2d`, with ``statistics=Synchronized(...)``.
+
+    Args:
+        process_group: of ``torch.distributed``; ``None``: all processes.
+
+    The other arguments are those of :class:`BatchNorm2d`. Shapes: (n, c) or (n, c, s...), with any number of axes.
+
+    Differs from ``torch.nn.SyncBatchNorm``: it works on a CPU too (gloo), inside activation checkpointing, with masks
+    and with second derivatives; empty batches may be anywhere. As torch's, it is plain batch norm in evaluation, in a
+    world of one, and where ``torch.distributed`` is not initialised.
+
+    >>> import torch, normkit as nk
+    >>> nk.SyncBatchNorm(8, activation="relu")(torch.randn(4, 8, 5)).shape
+    torch.Size([4, 8, 5])
+
+    To change the batch norms of a model that exists, layers and hooks untouched: :func:`normkit.sync_`.
+    """
+
+    spec = SPEC
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        activation: Activation | type[nn.Module] = None,
+        backend: str | None = None,
+        low_precision_buffers: bool = False,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, process_group, device, dtype)
+        self._set_bias(bias)
+        self._set_statistics(low_precision_buffers)
+        self._set_options(activation, backend)
+
+    @property
+    def process_group(self) -> Any:
+        """As in torch's layer, it may be set."""
+        return getattr(self.statistics, "process_group", None)
+
+    @process_group.setter
+    def process_group(self, group: Any) -> None:
+        self.statistics = Synchronized(group, required=False)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        super()._check_input_dim(input)
+        self._check_non_zero_input_channels(input)

@@ -76,7 +76,7 @@ def train(
     momentum, share = kept.pace(lambda: values_per_channel(x))
     mean, var = kept.mean.clone(), kept.var.clone()
     y = normalise(spec, x, mean, var, weight, bias, by_batch=True, momentum=momentum, eps=eps, **details)
-    if kept.pending is not None or kept.also is not None:
+    if (kept.pending is not None or kept.also is not None) and not kept.still:
         count = values_per_channel(x)
         total = torch.full((), count, dtype=torch.float64, device=x.device)
         kept.observe(Moments(total, mean, var * max(count - 1, 0)))
@@ -133,7 +133,7 @@ class Application:
 
     def observe(self) -> None:
         """Let the moments of the batch into the running statistics."""
-        if self.kept is not None and not self.kept.held:
+        if self.kept is not None and not self.kept.still:
             with torch.no_grad():
                 self.kept.observe(self.measure())
 
@@ -152,12 +152,29 @@ class Application:
 
     def pooled(self, pooling: Pooling, *, correct: Correction | None = None) -> Tensor:
         """Normalise every unit by the merged moments; they enter the running statistics."""
-        _refuse_single(self, pooling)
-        run = phases(self._call(pooling), self.layer.backend)
+        if type(pooling) is Whole:
+            refuse_single(self)
+        run = phases(self._call(per_sample=pooling.per_sample), self.layer.backend)
         y, observed = self.composite(pooling, correct) if run is None else run(self, pooling, correct)
         if self.kept is not None:
             self.kept.observe(observed)
         return self.masked(y)
+
+    def by_moments(self, mean: Tensor, var: Tensor, *, observed: Moments | None) -> Tensor:
+        """Normalise by these, (c,) or (n, c), which the gradient passes through; ``observed`` enters the running ones.
+
+        In torch's operators, under torch's autograd: for statistics that no kernel has.
+        """
+        phases(self._call(per_sample=mean.dim() == 2, composite=True), self.layer.backend)  # it may refuse
+        y = epilogue.apply(self.affine(mean, var).to(self.x.dtype), self.residual, self.layer.activation)
+        if self.kept is not None and observed is not None:
+            self.kept.observe(observed)
+        return self.masked(y)
+
+    def centred(self, mean: Tensor) -> Tensor:
+        """The input less the mean, (c,), in float32 or better; 0 where nothing counts."""
+        wide = self.x.to(torch.promote_types(self.x.dtype, torch.float32))
+        return self.masked(wide - mean.to(wide.dtype).reshape(1, -1, *[1] * (wide.dim() - 2)))
 
     def composite(
         self, pooling: Pooling, correct: Correction | None = None, *, fused: bool = True
@@ -190,22 +207,23 @@ class Application:
         """0 where nothing counts: so no gradient comes in there either."""
         return y if self.mask is None else torch.where(self.mask, y, 0)
 
-    def _call(self, pooling: Pooling) -> Any:
+    def _call(self, *, per_sample: bool, composite: bool = False) -> Any:
         return Call(
             self.layer.spec,
             self.x,
             self.weight,
             self.bias,
-            by_torch=lambda: self.composite(pooling)[0],
+            by_torch=lambda: self.x,  # nobody runs it: see phases
             eps=self.layer.eps,
-            over="n c [s...]" if pooling.per_sample else None,
+            composite=composite,
+            over="n c [s...]" if per_sample else None,
             residual=self.residual,
             activation=self.layer.activation,
             merged=True,
         )
 
 
-def _refuse_single(call: Application, pooling: Pooling) -> None:
+def refuse_single(call: Application) -> None:
     """One value per channel has no deviation: refused in torch's words, as plain batch norm does."""
-    if type(pooling) is Whole and call.mask is None and values_per_channel(call.x) == 1 and call.layer.training:
+    if call.mask is None and values_per_channel(call.x) == 1 and call.layer.training:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {call.x.shape}")

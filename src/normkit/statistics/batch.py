@@ -21,12 +21,20 @@ class Batch(Policy):
     Args:
         on_single: what to do with a batch that has one value per channel, as the last of an epoch may have:
             ``"error"`` as torch does, ``"running"`` normalise by the running statistics and leave them, ``"skip"``
-            leave the input as it is (residual and activation follow).
+            leave the input as it is (residual and activation follow). It is the shape that counts: a mask that leaves
+            one value gives the bias, and moves nothing.
+
+    Raises:
+        ValueError: an unknown word; one value per channel with ``"error"``; ``"running"`` without running statistics.
 
     >>> import torch, normkit as nk
     >>> bn = nk.BatchNorm1d(2, statistics=nk.statistics.Batch(on_single="running"))
     >>> bn(torch.ones(1, 2)).shape
     torch.Size([1, 2])
+
+    When not to use it: see :class:`normkit.BatchNorm2d`; what to use then: the page on statistics.
+
+    Source: Ioffe & Szegedy 2015, arXiv:1502.03167.
     """
 
     on_single: Single = "error"

@@ -44,6 +44,16 @@ class Kept:
     spread: bool = True
     """The variance is that of all values together; otherwise the average of variances, as instance norm keeps it."""
 
+    @property
+    def still(self) -> bool:
+        """Nothing may move: they are held, there are none, or the forward pass runs inside a backward pass.
+
+        Asked before anything is computed for the running statistics: a recomputing forward may do without an operator
+        of the first one, but selective checkpointing refuses one that the first had not, as a context that was open
+        then and is not now would bring in. Compiled code asks when it runs, by ``first_pass``.
+        """
+        return self.held or not self.var.numel() or (not torch.compiler.is_compiling() and recomputing())
+
     def pace(self, count: Callable[[], int]) -> tuple[float, Tensor | None]:
         """What torch's operator gets for ``momentum``, and the share of its result that is let in (``None``: all).
 
@@ -55,6 +65,8 @@ class Kept:
             return self.momentum, None
         if self.tracked is None:
             return 0.0, None
+        if self.still:
+            return 1.0, None
         share = self.share(count())
         return (share.item(), None) if dispatch.may_be_read(share) else (1.0, share)
 
@@ -76,7 +88,9 @@ class Kept:
         """Let the moments of a batch in: at once, or when the optimizer steps."""
         if self.also is not None:
             self.also.observe(moments)
-        if self.pending is None or self.held:
+        if self.still:
+            return
+        if self.pending is None:
             self.commit(moments.unbiased(), share=self.share(moments.count), count=moments.count)
         else:
             waiting_for(self).add(moments, self)
@@ -89,10 +103,7 @@ class Kept:
         a kernel does it where there is one, otherwise torch's operators do, a dozen of them, which small tensors feel.
         ``count``: values per channel, for ``momentum=None``.
         """
-        if self.held or not self.var.numel():
-            return
-        compiling = torch.compiler.is_compiling()
-        if not compiling and recomputing():
+        if self.still:
             return
         weighted = self.momentum is None and count is not None
         if share is None and not weighted and (settled := dispatch.settle((self.mean, self.var), proposed)) is not None:
@@ -100,17 +111,19 @@ class Kept:
             if counter is not None:
                 dispatch.count(counter)
             return
-        self._move(proposed, share, count if weighted else None, first_pass(self.var) if compiling else None)
+        self._move(proposed, share, count if weighted else None, self._first())
 
     def store(self, place: Tensor, value: Tensor) -> None:
         """Put a value beside the running statistics, where and when these may move: see :meth:`commit`."""
-        compiling = torch.compiler.is_compiling()
-        if self.held or (not compiling and recomputing()):
+        if self.still:
             return
-        moved = value.isfinite().all()
-        if compiling and (first := first_pass(value)) is not None:
-            moved = moved & first
+        moved, first = value.isfinite().all(), self._first()
+        moved = moved if first is None else moved & first
         place.copy_(torch.where(moved, value, place))
+
+    def _first(self) -> Tensor | None:
+        """In compiled code, whether this is not a recomputing forward; ``None``: it is not, see :attr:`still`."""
+        return first_pass(self.var) if torch.compiler.is_compiling() else None
 
     def _move(
         self, proposed: tuple[Tensor, Tensor], share: Tensor | None, count: Any, first: Tensor | None = None
@@ -146,13 +159,10 @@ class Waiting:
         self.moments = (zeros(), zeros(), zeros())
 
     def add(self, moments: Moments, kept: Kept) -> None:
-        """Merge in one micro-batch; not when it passes a second time; a non-finite one is counted as skipped."""
-        compiling = torch.compiler.is_compiling()
-        if not compiling:
-            if recomputing():
-                return
+        """Merge in one micro-batch; one that is not finite is counted as skipped instead."""
+        if not torch.compiler.is_compiling():
             self.kept = kept
-        first = first_pass(moments.m2) if compiling else None
+        first = kept._first()
         finite = moments.m2.detach().double().sum().isfinite()
         used = finite if first is None else finite & first
         if kept.skipped is not None:

@@ -18,13 +18,25 @@ class Ghost(Policy):
     """Normalise neighbouring samples in parts of about ``size``; the moments of the whole batch enter the running
     statistics. In evaluation nothing differs from plain batch norm.
 
-    The batch is cut into ``round(n / size)`` parts (at least one) that differ by at most one sample.
+    The batch is cut into ``round(n / size)`` parts (at least one) that differ by at most one sample; each part is
+    normalised by its own mean and (biased) variance, (c,).
 
     Args:
         size: samples per part. The paper uses 16 to 128 for batches of thousands.
 
     Raises:
         ValueError: a size below 1; parts that have one value per channel.
+
+    >>> import torch, normkit as nk
+    >>> bn = nk.BatchNorm1d(1, affine=False, eps=1e-12, statistics=nk.statistics.Ghost(2))
+    >>> bn(torch.tensor([[1.0], [3.0], [10.0], [20.0]])).flatten().round().tolist()
+    [-1.0, 1.0, -1.0, 1.0]
+
+    When not to use it: small batches, where the parts are too small to normalise by; batches in which neighbours belong
+    together (several views of one image), as neighbours share a part.
+
+    Source: Hoffer, Hubara & Soudry 2017, arXiv:1705.08741. (They let each part into the running statistics by itself;
+    the pooled moments are those that evaluation needs.)
     """
 
     size: int
@@ -68,11 +80,7 @@ class Parts(Pooling):
 
     def observed(self, own: Moments, merged: Moments) -> Moments:
         """Of the whole batch: the spread between the parts is in it."""
-        count = own.count.expand(own.mean.shape)
-        total = count.sum(0)
-        mean = (count * own.mean).sum(0) / total.clamp(min=1)
-        m2 = (own.m2 + count * (own.mean - mean).square()).sum(0)
-        return Moments(total, mean, m2)
+        return own.together()
 
 
 def _within(sums: Tensor, parts: int) -> Tensor:

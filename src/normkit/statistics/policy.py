@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from normkit.statistics.application import Application
 from normkit.statistics.buffers import Kept
+from normkit.statistics.centred import centred_weights
 
 PREFIX = "statistics_state"
 """The name of the child module that holds what a policy keeps beyond the five tensors of a plain batch norm."""
@@ -58,6 +60,21 @@ class State(nn.Module):
     def begin(self, layer: Any) -> None:
         """A plain checkpoint was loaded into the layer: set the buffers to what follows from it."""
 
+    def reset(self) -> None:
+        """Everything as new: the layer's running statistics were reset."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """``.half()`` and the like leave the numbers in float32 or better, as those of the layer."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            now = self._buffers[name]
+            if old is None or now is None or not now.is_floating_point() or now.dtype.itemsize >= 4:
+                continue
+            wide = old.to(device=now.device, dtype=torch.promote_types(old.dtype, torch.float32))
+            self._buffers[name] = torch.empty_like(now, dtype=wide.dtype) if now.is_meta else wide
+        return self
+
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         self.plain = not any(key.startswith(prefix) for key in state_dict)
         if not self.plain:
@@ -77,6 +94,8 @@ def needs_running(policy: Policy, layer: Any) -> None:
 def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The ``state_dict`` of a model without what policies keep: a model of plain torch layers loads it strictly.
 
+    Weights that a policy centres (:func:`normkit.statistics.bind`) are written as they are used.
+
     >>> import normkit as nk
     >>> bn = nk.BatchNorm1d(4, statistics=nk.statistics.PerDomain(3))
     >>> sorted(nk.plain_state_dict(bn))
@@ -88,6 +107,7 @@ def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
         if isinstance(module, State)
     }
     state: dict[str, Tensor] = model.state_dict()
+    state.update(centred_weights(model))
     return type(state)((key, value) for key, value in state.items() if not any(key.startswith(name) for name in own))
 
 

@@ -29,10 +29,18 @@ class Renorm(Policy):
         d_max: final bound of d, 0 or more.
         warmup: updates of plain batch norm; the paper's 5000 are for runs of 100,000s of steps.
 
+    Raises:
+        ValueError: bounds out of range; a layer that keeps no running statistics.
+
     >>> import torch, normkit as nk
     >>> bn = nk.BatchNorm1d(4, statistics=nk.statistics.Renorm(warmup=0))
     >>> bn(torch.randn(4, 4) + 3).mean().item() > 1          # the running mean is still 0: the offset comes through
     True
+
+    When not to use it: with a momentum that is too great for small batches (the running statistics it corrects towards
+    are then as noisy as the batch's; the paper uses 0.01), and where batches are large: nothing is to be corrected.
+
+    Source: Ioffe 2017, arXiv:1702.03275.
     """
 
     r_max: float = 3.0
@@ -68,6 +76,6 @@ class Renorm(Policy):
 
     def bounds(self, batches: Tensor) -> tuple[Tensor, Tensor]:
         """r_max and d_max after so many updates; tensors, so that nothing waits for the counter."""
-        after = (batches - self.warmup).clamp(min=0).float()
+        after = (batches - self.warmup).clamp(min=0).double()
         opened = lambda updates: (after / max(updates, 1)).clamp(max=1) if self.warmup else after * 0 + 1
         return 1 + (self.r_max - 1) * opened(7 * self.warmup), self.d_max * opened(4 * self.warmup)
