@@ -25,7 +25,7 @@ from normkit.vocabulary.spec import REGISTRY, Family, Spec
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = "python docs/generate.py"
-NORMS, RESULTS, SPEED, CALL = "norms", "results", "speed", "call"
+NORMS, RESULTS, SPEED, CALL, PASSES = "norms", "results", "speed", "call", "passes"
 """What README.md and docs/benchmarks.md have marks for: ``<!-- norms:begin -->`` and ``<!-- norms:end -->``."""
 HOLDS, BROKEN = "✓", ""
 RESTORES = "restores"
@@ -210,6 +210,8 @@ def speed(root: Path) -> str:
     runs = [read_lines(file) for file in files]
     made = runs[0][0]
     parts = []
+    if (root / SPEEDS / "picture.svg").exists():
+        parts.append(f"![Times as fast as torch, by op, type and layout]({SPEEDS}/picture.svg)")
     for allocator, words in (("default", "as the C library is by default"), ("pinned", "`nk.tune_allocator()`")):
         found = bench_summary.table(runs, allocator)
         parts += [f"Memory {words}:", table(found.header, found.rows)]
@@ -221,6 +223,18 @@ def speed(root: Path) -> str:
         f"torch.compile beside it: [{SPEEDS}]({SPEEDS})."
     )
     return "\n\n".join(parts)
+
+
+def measured_passes(root: Path) -> str:
+    """Memory passes beside the floor, from the committed runs of the benchmark."""
+    runs = [read_lines(file) for file in sorted((root / SPEEDS).glob("*/bench.jsonl"))]
+    if not runs:
+        return "No record of a quiet machine is committed yet."
+    found = bench_summary.passes(runs, "pinned")
+    return (
+        f"{table(found.header, found.rows)}\n\nfloat32, contiguous, tensors of {bench_summary.LARGE:g} MB and more, "
+        f"pinned allocator; medians over shapes and runs. {runs[0][0]['processor']}: `{runs[0][0]['command']}`."
+    )
 
 
 def _microseconds(record: dict[str, Any] | None, part: str) -> str:
@@ -254,7 +268,8 @@ def readme(text: str) -> str:
 
 def benchmarks(text: str) -> str:
     """``text`` with the cost of a call from the committed record."""
-    return between_marks("docs/benchmarks.md", text, CALL, cost_of_a_call(ROOT))
+    text = between_marks("docs/benchmarks.md", text, CALL, cost_of_a_call(ROOT))
+    return between_marks("docs/benchmarks.md", text, PASSES, measured_passes(ROOT))
 
 
 def pages() -> dict[Path, str]:

@@ -162,8 +162,16 @@ def test_the_page_and_its_twin_hold_every_measurement(tmp_path):
     assert html_text == html.render(bench_page.document(RECORDS))  # the same records, the same bytes
 
 
+def test_the_picture_is_a_file_that_stands_by_itself(tmp_path):
+    (tmp_path / "bench.jsonl").write_bytes(b"".join(encode_line(r) for r in RECORDS))
+    drawn = bench_page.picture(tmp_path, tmp_path / "speed.svg")
+    assert drawn.read_text().startswith("<?xml")
+    with pytest.raises(ValueError, match=r"written as \.png or \.svg"):
+        bench_page.picture(tmp_path, tmp_path / "speed.gif")
+
+
 def test_without_a_plotting_library_the_page_says_so(monkeypatch):
-    monkeypatch.setitem(sys.modules, "normkit.report.plots.canvas", None)
+    monkeypatch.setitem(sys.modules, "normkit.report.plots.speeds", None)
     page = html.render(bench_page.document(RECORDS))
     assert "matplotlib is not installed" in page
     assert "<svg" not in page

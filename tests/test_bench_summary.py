@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from normkit.report.bench_summary import speedups, table
+from normkit.report.bench_summary import passes, speedups, table
 
 
 def record(shape, implementation, ratio=None, **other):
@@ -48,3 +48,14 @@ def test_another_implementation_is_compared_within_the_same_run():
 @pytest.mark.parametrize("other", [{"state": "refused"}, {"allocator": "pinned"}, {"kind": "model"}])
 def test_what_was_refused_or_measured_otherwise_is_not_in_it(other):
     assert speedups([[record([1], "torch"), record([1], "normkit", 3.0, **other)]], "default") == {}
+
+
+def test_passes_stand_beside_the_floor_for_large_tensors_only():
+    def passing(megabytes, torchs, ours):
+        floor = {"tensor_mb": megabytes, "floor_passes": {"forward": 2, "step": 5}}
+        for implementation, count in (("torch", torchs), ("normkit", ours)):
+            part = {"ms": 1.0, "passes": count}
+            yield record([int(megabytes)], implementation, **floor) | {"forward": part, "step": part}
+
+    runs = [[*passing(8, 12.0, 4.0), *passing(16, 14.0, 6.0), *passing(1, 99.0, 99.0)]]
+    assert passes(runs, "default").rows == [["batch_norm+relu", "2", "13", "5.0", "5", "13", "5.0"]]

@@ -16,7 +16,7 @@ from normkit import report
 from normkit.cli import arguments
 from normkit.cli.errors import from_user, require
 from normkit.cli.output import show, show_json
-from normkit.report import document, table
+from normkit.report import bench_page, document, table
 from normkit.report.words import verdict
 from normkit.vocabulary.record import encode
 
@@ -26,18 +26,21 @@ LARGER: dict[Any, list[str]] = {"quick": [], "default": ["--thorough"]}
 
 @dataclass
 class Report:
-    """Make the page of a comparison again from its directory; works at any time, also while it still runs."""
+    """Make the page of a comparison or of a benchmark again from its directory; also while it still runs."""
 
     directory: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
-    """The directory that `normkit compare` printed, or one with the summary.json of a committed record."""
+    """The directory that `normkit compare` or `normkit bench` printed, or that of a committed record."""
     picture: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Also draw learning curves and learning-rate sensitivity into one picture: comparison.png or comparison.svg."""
+    """Also draw one picture, comparison.png or comparison.svg: learning curves and learning-rate sensitivity, or how
+    many times as fast as torch each layer is."""
     json: bool = False
     """Print the numbers as JSON instead of the table."""
 
 
 def main(argv: list[str]) -> int:
     asked = arguments.parse(Report, argv, "report")
+    if (asked.directory / bench_page.FILE).is_file():
+        return _benchmark(asked)
     require("numpy", "scipy", "matplotlib")
     with from_user():
         summary = _summary(asked.directory)
@@ -47,6 +50,21 @@ def main(argv: list[str]) -> int:
         show_json({"answer": verdict(summary), "page": str(page), **summary})
     else:
         show_result(summary, page, drawn)
+    return 0
+
+
+def _benchmark(asked: Report) -> int:
+    records = bench_page.read(asked.directory)
+    with from_user():
+        page = bench_page.write(asked.directory)
+        if asked.picture is not None:
+            require("matplotlib")
+            bench_page.picture(asked.directory, asked.picture)
+    if asked.json:
+        show_json(encode({"answer": bench_page.answer(records), "page": page, "records": records}))
+    else:
+        files = [f"page: {page}", *([f"picture: {asked.picture}"] if asked.picture else [])]
+        show(bench_page.answer(records), "\n".join(files), then="normkit bench --list")
     return 0
 
 

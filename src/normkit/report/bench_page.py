@@ -18,14 +18,19 @@ Record = dict[str, Any]
 PARTS = {"step": "forward and backward", "forward": "forward"}
 BASELINE, OURS, COPY = "torch", "normkit", "copy"
 COLOURS = {BASELINE: 0, OURS: 1, "torch.compile": 2, "torch.compile, normkit": 3}
+FILE = "bench.jsonl"
 BUSY = "~"
 """In front of a number for which too few samples had the processor to themselves."""
 
 
+def read(directory: Path) -> list[Record]:
+    """The records of a run: the environment, then one per measurement."""
+    return read_lines(directory / FILE)
+
+
 def write(directory: Path) -> Path:
     """report.html and report.md beside the bench.jsonl of a directory; returns the page."""
-    records = read_lines(directory / "bench.jsonl")
-    page = document(records)
+    page = document(read(directory))
     write_atomically(directory / "report.md", markdown.render(page).encode())
     write_atomically(directory / "report.html", html.render(page).encode())
     return directory / "report.html"
@@ -174,37 +179,39 @@ def _environment(environment: Record) -> Table:
 
 def _picture(records: Sequence[Record]) -> list[Block]:
     """One row per op, type and layout; a small dot per shape, a large one for their geometric mean."""
-    own = [r for r in _measured(records, "op") if r.get("allocator") == "default" and _ratio(r)]
-    rows = list(dict.fromkeys(_row(r) for r in own))
-    if not rows:
+    if not _drawable(records):
         return []
     try:
-        from normkit.report.plots.canvas import ARMS, INK, Canvas, logarithmic
+        from normkit.report.plots.speeds import draw
     except ModuleNotFoundError:  # the benchmark needs no plotting library, so the page does without one too
         return [Text('No plot: matplotlib is not installed; type: pip install "normkit[lab]"', "note")]
-    canvas, told = Canvas(2 * 470, 70 + 26 * len(rows)), []
-    with canvas as axes:
-        for index, row in enumerate(rows):
-            for peer, shift in ((OURS, 0.12), ("torch.compile", -0.12)):
-                values = [_ratio(r) or 1 for r in own if _row(r) == row and r["implementation"] == peer]
-                if not values:
-                    continue
-                mean = math.exp(statistics.fmean(map(math.log, values)))
-                colour, y = ARMS[COLOURS[peer]], shift - index
-                axes.plot(values, [y] * len(values), "o", color=colour, alpha=0.45, markersize=4)
-                axes.plot([mean], [y], "o", color=colour, markeredgecolor=INK, markersize=8)
-                told.append(f"{row} {peer} {n.factor(mean)}×")
-        axes.axvline(1, color=INK, linewidth=1.1)
-        axes.set_ylim(0.6 - len(rows), 0.6)
-        axes.set_yticks([-index for index in range(len(rows))], rows, color=INK)
-        axes.tick_params(axis="y", length=0)
-        axes.grid(visible=True, axis="x")
-        axes.grid(visible=False, axis="y")
-        logarithmic(axes, "x")
-        axes.set_xlabel("times as fast as torch, forward and backward (blue: normkit, orange: torch.compile)")
+    canvas, told = draw(_drawable(records))
     title = "How many times as fast as torch's own layers"
     alternative = f"{title}, geometric mean over shapes. {'; '.join(told)}."
     return [Figure(canvas.svg("bench", title, alternative), title, alternative, wide=True)]
+
+
+def _drawable(records: Sequence[Record]) -> dict[str, dict[str, list[float]]]:
+    """Row -> implementation -> the speed-up on every shape."""
+    own = [r for r in _measured(records, "op") if r["implementation"] in (OURS, "torch.compile")]
+    allocators = [r.get("allocator") for r in own]
+    shown = "default" if "default" in allocators else next(iter(allocators), None)
+    rows: dict[str, dict[str, list[float]]] = {}
+    for r in own:
+        ratio = _ratio(r)
+        if r.get("allocator") == shown and ratio:
+            rows.setdefault(_row(r), {}).setdefault(r["implementation"], []).append(ratio)
+    return rows
+
+
+def picture(directory: Path, path: Path) -> Path:
+    """The plot of the page as a file by itself, .svg or .png; raises ValueError where nothing was measured."""
+    from normkit.report.plots.speeds import draw
+
+    rows = _drawable(read(directory))
+    if not rows:
+        raise ValueError(f"{directory}: no layer has a ratio to torch's there, so there is nothing to draw")
+    return draw(rows)[0].file(path)
 
 
 def _row(r: Record) -> str:

@@ -19,6 +19,9 @@ COLUMNS = (
     ("bfloat16", "channels_last"),
 )
 
+LARGE = 4.0
+"""Megabytes from which a tensor's time is that of moving it."""
+
 
 def table(runs: Sequence[Sequence[Record]], allocator: str, *, against: str = "torch", caption: str = "") -> Table:
     """One row per op; in each cell the geometric mean over shapes, and the least and greatest shape.
@@ -58,6 +61,34 @@ def speedups(runs: Sequence[Iterable[Record]], allocator: str, against: str = "t
             if "normkit" in ratios and against in ratios:
                 found.setdefault(cell, []).append(ratios["normkit"] / ratios[against])
     return {cell: statistics.median(values) for cell, values in found.items()}
+
+
+def passes(runs: Sequence[Sequence[Record]], allocator: str, *, caption: str = "") -> Table:
+    """Memory passes beside the floor: one row per op, float32 and contiguous, tensors of ``LARGE`` megabytes and more.
+
+    One pass is half the time of a copy of the same tensor in the same rounds. Medians over shapes and runs.
+    """
+    found: dict[str, dict[str, list[float]]] = {}
+    floors: dict[str, dict[str, int]] = {}
+    for r in (r for records in runs for r in records):
+        large = r.get("kind") == "op" and r.get("tensor_mb", 0) >= LARGE and r.get("state") == "measured"
+        if not large or r["allocator"] != allocator or (r["dtype"], r["layout"]) != COLUMNS[0]:
+            continue
+        floors[r["op"]] = r["floor_passes"]
+        for part in ("forward", "step"):
+            value = (r.get(part) or {}).get("passes")
+            if value and r["implementation"] in ("torch", "normkit"):
+                found.setdefault(r["op"], {}).setdefault(f"{r['implementation']} {part}", []).append(value)
+    header = ["op", "floor, forward", "torch", "normkit", "floor, forward and backward", "torch", "normkit"]
+    rows = []
+    for op, by in found.items():
+        row = [op]
+        for part in ("forward", "step"):
+            measured = [by.get(f"{name} {part}", []) for name in ("torch", "normkit")]
+            row.append(n.count(floors[op][part]))
+            row += [n.significant(statistics.median(values), 2) if values else n.NOTHING for values in measured]
+        rows.append(row)
+    return Table(header, rows, caption, frozenset(range(1, len(header))))
 
 
 def _cell(values: Sequence[float]) -> str:

@@ -43,9 +43,10 @@ def methods(summary: dict[str, Any]) -> dict[str, str]:
             neighbouring rates counts, as log10(highest / lowest) decades; ≥ where the grid ended first.""",
         "Cost": """
             Milliseconds per step is the median duration of an optimizer step; share in norms the part spent in
-            normalization layers, measured on extra steps after the run; memory the greatest resident memory of the
-            process. All are medians over final runs, taken while as many runs went on at once as the environment
-            says.""",
+            normalization layers, measured on extra steps after the run, back to back and with identities in their
+            place, so it need not agree to the percent with the difference between two arms; memory the greatest
+            resident memory of the process. All are medians over final runs, taken while as many runs went on at once
+            as the environment says.""",
         "Curves": """
             The line is the median of the seeds, the band reaches from the worst to the best seed. A run that
             diverged is drawn to its last finite value (×). By seconds, each point stands at the median seconds of

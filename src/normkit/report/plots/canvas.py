@@ -11,6 +11,7 @@ import io
 import math
 import re
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -18,10 +19,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
+from normkit.vocabulary.record import write_atomically
+
 INK, MUTED, RULE, PAPER = "#1f2328", "#68707a", "#e3e5e8", "#fffffe"
 ARMS = ("#767c85", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7a5195")  # 0: the baseline
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.5, 1.2, 1.5)))
 MARKERS = "os^Dv<>P"
+FORMATS = (".png", ".svg")
 WIDTH, WIDE, HEIGHT = 470, 700, 300  # CSS pixels at full size
 
 VARIABLES = {INK: "--ink", MUTED: "--muted", RULE: "--rule", PAPER: "--paper"} | {
@@ -82,6 +86,24 @@ class Canvas:
         with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
             self.figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
         return _inline(buffer.getvalue(), name, title, alternative)
+
+    def file(self, path: Path) -> Path:
+        """The figure as a file that stands by itself, on white; the same bytes every time.
+
+        Raises:
+            ValueError: an ending other than .png and .svg.
+        """
+        if path.suffix.lower() not in FORMATS:
+            raise ValueError(
+                f"{path}: a picture is written as {' or '.join(FORMATS)}, not as {path.suffix or 'no ending'!r}"
+            )
+        buffer, vector = io.BytesIO(), path.suffix.lower() == ".svg"
+        metadata = {"Date": None, "Creator": None} if vector else {"Software": None}
+        with matplotlib.rc_context(STYLE | {"svg.hashsalt": "picture", "svg.fonttype": "path"}):
+            kind = path.suffix[1:].lower()
+            self.figure.savefig(buffer, format=kind, dpi=144, facecolor="white", metadata=metadata)
+        write_atomically(path, buffer.getvalue())
+        return path
 
 
 def _inline(svg: str, name: str, title: str, alternative: str) -> str:
