@@ -140,6 +140,11 @@ def test_explain_of_no_norm_is_an_answer_too(run):
     answered(run("explain", "none", "--shape", "8,64"))
 
 
+@pytest.mark.parametrize("arguments", ["batch --shape 1,64 --eval", "group:64 --shape 8,64", "ln --shape 8,1"])
+def test_explain_of_one_value_per_statistic_is_an_answer_where_the_norm_takes_it(run, arguments):
+    assert "over 1 values each" in "\n".join(answered(run("explain", *arguments.split())))
+
+
 def test_env_names_versions_and_hardware_and_no_place(run):
     text = "\n".join(answered(run("env")))
     assert nk.__version__ in text
@@ -174,6 +179,8 @@ def test_env_as_json_has_the_same_content(run):
         ("explain group:4.5 --shape 8,64,56,56", ["'group:4.5'", "whole number"]),
         ("explain group --shape", ["--shape"]),
         ("explain group --shape 8,64 extra", ["extra"]),
+        ("explain batch --shape 1,64", ["more than 1 value per channel when training", "(1, 64)"]),
+        ("explain instance --shape 8,64,1,1", ["more than 1 spatial element", "(8, 64, 1, 1)"]),
         ("explain instance --shape 8,64", ["no spatial axes", "n,c,h,w"]),
         ("explain group --shape 99999999999999999999,2", ["99999999999999999999", "memory"]),
         ("explain group --shape 8,64,7,7 --device xla", ["xla", "normkit env"]),

@@ -47,7 +47,11 @@ def main(argv: list[str]) -> int:
     shape = arguments.shape(asked.shape)
     x = _input(asked, shape)
     with from_user():
-        explanation = nk.explain(_layer(asked, x), x)
+        layer = _layer(asked, x)
+        explanation = nk.explain(layer, x)
+        if explanation.problem is not None and explanation.problem.values == 1:
+            with warnings.catch_warnings(action="ignore"):
+                layer(x)  # which norms take a single value, and which refuse it, only a forward pass says
     if asked.json:
         show_json(explanation.to_json())
     else:
