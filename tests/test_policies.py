@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import normkit as nk
+from normkit.fusion.rewrite import apply_module
 from normkit.kernels import loading
 from policies import EPS, MENU, SETTINGS, L1Hand, RangeHand, S, Setting
 
@@ -483,6 +484,40 @@ def test_momentum_none_is_the_average_over_all_values(setting):
     mean, _ = running(setting, layer)
     wanted = torch.cat(batches).mean((0, 2, 3))
     torch.testing.assert_close(mean, wanted, rtol=1e-12, atol=1e-12)
+
+
+@each_policy
+def test_micro_batches_of_one_step_are_one_update(setting):
+    """Where the batch's moments enter, they are those of all micro-batches together."""
+    layer = setting.layer(CHANNELS).double()
+    batches = [an_input(samples=n) for n in (3, 7, 4)]
+    with nk.accumulate_statistics(layer):
+        for x in batches:
+            setting(layer, x)
+            assert not layer.num_batches_tracked
+    assert layer.num_batches_tracked.item() == 1
+    if isinstance(setting.policy, S.MovingAverage | S.L1 | S.Range | S.Virtual):
+        return  # what enters is no moment of the batch
+    plain = nn.BatchNorm2d(CHANNELS, eps=EPS, momentum=0.3).double()
+    plain(torch.cat(batches))
+    for seen in ((layer.running_mean, layer.running_var), running(setting, layer)):
+        torch.testing.assert_close(seen, (plain.running_mean, plain.running_var), rtol=1e-12, atol=1e-12)
+
+
+@each_policy
+def test_fused_into_a_graph_it_keeps_what_it_keeps(setting):
+    """The fused call works on a copy of the layer that lives for one call: nothing may be kept in that."""
+    if setting.keywords or isinstance(setting.policy, S.Virtual):
+        pytest.skip("the graph would have to pass the step on; the reference enters at the model, not at the layer")
+    layer = setting.layer(CHANNELS)
+    plain = copy.deepcopy(layer)
+    for training in (True, True, True, False):
+        layer.train(training), plain.train(training)
+        x, residual = an_input(dtype=torch.float32), an_input(dtype=torch.float32)
+        with setting.around(layer, x):
+            y = apply_module(layer, x, residual, "relu", False)
+        assert_close({"y": y}, {"y": torch.relu(setting(plain, x) + residual)}, 1e-6)
+        assert_close(buffers(layer), buffers(plain), 1e-6)
 
 
 # What is particular to one policy.

@@ -32,8 +32,8 @@ class Blend(Policy):
 
     >>> import torch, normkit as nk
     >>> bn = nk.BatchNorm1d(1, statistics=nk.statistics.Blend(0.5)).eval()
-    >>> bn(torch.tensor([[[1.0, 3.0]]])).round(decimals=3).tolist()      # mean 1, variance 0.5 + 0.5 + 0.25 * 2**2 = 2
-    [[[0.0, 1.414]]]
+    >>> bn(torch.tensor([[[1.0, 3.0]]])).square().round().tolist()       # mean 1, variance 0.5 + 0.5 + 0.25 * 2**2 = 2
+    [[[0.0, 2.0]]]
 
     When not to use it: on (n, c), where a sample has one value per channel and its variance is 0; where the level of a
     sample carries what the network is asked for (the blend takes part of it away).

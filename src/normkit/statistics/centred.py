@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class Centred(nn.Module):
+class Centred:
     """The weights of every output channel less their mean; stored as they are, so that checkpoints fit both ways."""
 
-    weight: nn.Parameter
+    weight: Any  # torch's classes declare it in their own ways
 
     def centred(self) -> Tensor:
         """``weight - mean(weight)`` over everything but the output channels; the gradient passes through both."""
@@ -19,7 +21,9 @@ class Centred(nn.Module):
 
 class _CentredConvolution(Centred):
     def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(input, self.centred(), self.bias)  # type: ignore[operator]
+        """(n, in, s...) -> (n, out, s...)."""
+        conv: Any = self
+        return conv._conv_forward(input, self.centred(), conv.bias)
 
 
 class CentredLinear(Centred, nn.Linear):
