@@ -13,7 +13,7 @@ from normkit.norm import Norm, traced_as_call
 from normkit.statistics.application import Application, normalise, train
 from normkit.statistics.batch import PLAIN
 from normkit.statistics.buffers import Kept, LazyFeatures, RunningStatistics, as_statistics
-from normkit.statistics.masking import masked
+from normkit.statistics.masking import blanked
 from normkit.statistics.policy import PREFIX, Policy, begin
 from normkit.statistics.synchronized import Synchronized
 from normkit.vocabulary.spec import Spec
@@ -90,7 +90,7 @@ def batch_norm(
     if isinstance(x, Proxy):
         return traced_as_call(batch_norm, locals())
     if mask is not None or lengths is not None:
-        x, residual, mask = masked(SPEC.name, SPEC.over, x, residual, mask, lengths)
+        x, residual, mask = blanked(SPEC.name, SPEC.over, x, residual, mask, lengths)
     details = {"residual": residual, "activation": activation, "backend": backend, "mask": mask}
     if not training or running_mean is None or running_var is None:
         return normalise(
@@ -140,7 +140,7 @@ class _BatchNorm(Norm, RunningStatistics):
         self, x: Tensor, residual: Tensor | None, mask: Tensor | None, lengths: Tensor | None, step: int | None
     ) -> Tensor:
         if mask is not None or lengths is not None:
-            x, residual, mask = masked(type(self).__name__, SPEC.over, x, residual, mask, lengths)
+            x, residual, mask = blanked(type(self).__name__, SPEC.over, x, residual, mask, lengths)
         weight, bias = as_statistics(self.running_mean, self.weight, self.bias)
         kept = self.statistics.kept(self, step)
         call = Application(self, x, weight, bias, mask, residual, step, kept)

@@ -13,7 +13,7 @@ from torch.fx import Proxy
 from normkit.dispatch import normalize
 from normkit.epilogue import Activation
 from normkit.norm import Norm, traced_as_call
-from normkit.statistics.masking import masked
+from normkit.statistics.masking import blanked
 from normkit.vocabulary.spec import Spec
 
 SPEC = Spec(
@@ -77,7 +77,7 @@ def group_norm(
     if isinstance(x, Proxy):
         return traced_as_call(group_norm, locals())
     if mask is not None or lengths is not None:
-        x, residual, mask = masked(SPEC.name, SPEC.over, x, residual, mask, lengths)
+        x, residual, mask = blanked(SPEC.name, SPEC.over, x, residual, mask, lengths)
     return normalize(
         SPEC,
         x,

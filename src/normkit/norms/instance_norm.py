@@ -15,7 +15,7 @@ from normkit.epilogue import Activation
 from normkit.moments import Moments
 from normkit.norm import Norm, traced_as_call, unambiguous
 from normkit.statistics.buffers import Kept, LazyFeatures, RunningStatistics, as_statistics
-from normkit.statistics.masking import masked
+from normkit.statistics.masking import blanked
 from normkit.vocabulary.spec import Spec
 
 SPEC = Spec(
@@ -90,7 +90,7 @@ def instance_norm(
     if isinstance(x, Proxy):
         return traced_as_call(instance_norm, locals())
     if mask is not None or lengths is not None:
-        x, residual, mask = masked(SPEC.name, SPEC.over, x, residual, mask, lengths)
+        x, residual, mask = blanked(SPEC.name, SPEC.over, x, residual, mask, lengths)
     details = {"eps": eps, "residual": residual, "activation": activation, "backend": backend, "mask": mask}
     if not use_input_stats or running_mean is None or running_var is None:
         return _call(x, running_mean, running_var, weight, bias, use_input_stats, momentum, details)
@@ -192,7 +192,7 @@ class _InstanceNorm(Norm, RunningStatistics):
         lengths: Tensor | None = None,
     ) -> Tensor:
         if mask is not None or lengths is not None:
-            input, residual, mask = masked(type(self).__name__, SPEC.over, input, residual, mask, lengths)
+            input, residual, mask = blanked(type(self).__name__, SPEC.over, input, residual, mask, lengths)
         details = {
             "eps": self.eps,
             "residual": residual,

@@ -13,7 +13,7 @@ from torch.fx import Proxy
 from normkit.dispatch import normalize
 from normkit.epilogue import Activation
 from normkit.norm import Norm, machine_eps, over_channels, single_axis, traced_as_call
-from normkit.statistics.masking import masked
+from normkit.statistics.masking import blanked
 from normkit.vocabulary.spec import Spec
 
 SPEC = Spec(
@@ -77,7 +77,7 @@ def rms_norm(
         return traced_as_call(rms_norm, locals())
     over = "n [c] s..." if channels_first else SPEC.over
     if mask is not None or lengths is not None:
-        x, residual, mask = masked(SPEC.name, over, x, residual, mask, lengths, trailing=len(normalized_shape))
+        x, residual, mask = blanked(SPEC.name, over, x, residual, mask, lengths, trailing=len(normalized_shape))
     if eps is None:
         eps = machine_eps(x.dtype)
     if channels_first:

@@ -8,7 +8,7 @@ from torch import Tensor
 from normkit.layout import roles
 
 
-def masked(
+def blanked(
     what: str,
     over: str | None,
     x: Tensor,
