@@ -246,18 +246,6 @@ def test_averaged_model_keeps_the_activation():
     assert average.running_mean.dtype == torch.float32
 
 
-@pytest.mark.parametrize("namespace", [nn, nk], ids=["torch", "normkit"])
-def test_an_exponential_average_truncates_the_counter_in_both(namespace):
-    """Row 17 of docs/conformance.md: the counter is an integer, and the tool interpolates it."""
-    model = nn.Sequential(namespace.BatchNorm2d(CHANNELS))
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999), use_buffers=True)
-    for x in [*batches()] * 2:
-        model(x)
-        average.update_parameters(model)
-    assert model[0].num_batches_tracked.item() == 8
-    assert average.module[0].num_batches_tracked.item() < 4
-
-
 # torch.func.replace_all_batch_norm_modules_
 
 

@@ -200,7 +200,7 @@ def test_a_single_sample_without_its_axis_is_torchs_bit_for_bit(twin):
 
 @each_tracking
 def test_momentum_none_is_the_average_over_all_batches(twin):
-    """torch multiplies by 1 / n where we interpolate: two roundings a step, of numbers as large as the batch's."""
+    """To rounding on any backend, two a step, of numbers as large as the batch's; test_accumulation.py has the bits."""
     ours, torchs = twin.pair(momentum=None)
     truth = {"running_mean": [], "running_var": []}
     for _ in range(STEPS):

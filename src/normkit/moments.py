@@ -100,7 +100,7 @@ class Moments:
 
     def unbiased(self) -> tuple[Tensor, Tensor]:
         """What running statistics take in: the mean and the unbiased variance, cut off from the graph."""
-        return self.mean.detach(), self.var(1).detach()
+        return self.mean.detach(), Moments(self.count, self.mean, self.m2.detach()).var(1)
 
 
 def _pooled(x: Tensor, axes: tuple[int, ...]) -> int:
