@@ -84,7 +84,7 @@ class BlendHand(Hand):
     def in_evaluation(self, x: Tensor, keep: Tensor, sample: int, channel: int) -> tuple[Tensor, ...]:
         """As the paper has it: the second moment is blended, and the square of the mean taken off."""
         values = self.values(x, keep, channel, sample)
-        alpha = self.policy.alpha if len(values) else 0.0
+        alpha = self.policy.alpha
         mean = alpha * moments(values)[0] + (1 - alpha) * self.mean[channel]
         square = values.square().sum() / max(len(values), 1)
         kept = self.var[channel] + self.mean[channel].square()

@@ -6,6 +6,8 @@ import contextlib
 import copy
 import io
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -84,6 +86,12 @@ def test_the_menu_is_covered_and_no_policy_twice():
     names = [str(setting) for setting in SETTINGS]
     assert sorted(names) == sorted(cls.__name__ for cls in MENU)
     assert len({*names}) == len(names) >= 11
+
+
+def test_the_page_has_a_row_for_every_policy():
+    page = (Path(__file__).parent.parent / "docs" / "statistics.md").read_text()
+    rows = re.findall(r"^\| `(\w+)\(", page, re.MULTILINE)
+    assert sorted(rows) == sorted(cls.__name__ for cls in MENU)
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])

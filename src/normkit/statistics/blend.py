@@ -55,9 +55,8 @@ class Blend(Policy):
 
     def evaluate(self, call: Application) -> Tensor:
         assert call.kept is not None
-        own, kept = call.measure(per_sample=True), call.kept
-        share = self.alpha * (own.count > 0).to(own.mean.dtype)  # a sample that is masked as a whole has no say
+        own, kept, alpha = call.measure(per_sample=True), call.kept, self.alpha
         apart = own.mean - kept.mean
         var = own.m2 / own.count.clamp(min=1).to(own.m2.dtype)
-        blended = share * var + (1 - share) * kept.var + share * (1 - share) * apart.square()
-        return call.by_moments(kept.mean + share * apart, blended, observed=None)
+        blended = alpha * var + (1 - alpha) * kept.var + alpha * (1 - alpha) * apart.square()
+        return call.by_moments(kept.mean + alpha * apart, blended, observed=None)
