@@ -32,9 +32,9 @@ def create(name: Name, num_channels: int, *, dim: int = 2, **options: Any) -> nn
     """Make a layer from the name that people type.
 
     Args:
-        name: ``"batch"``, ``"bn"``, ``"BatchNorm2d"``, ``"group:32"``, ``("group", {"num_groups": 8})``, ``"none"``;
-            case and underscores do not matter, and a trailing ``1d``/``2d``/``3d`` goes before ``dim``.
-            ``None`` is ``"none"``.
+        name: ``"batch"``, ``"bn"``, ``"BatchNorm2d"``, ``"group:32"``, ``("group", {"num_groups": 8})``, ``"none"``,
+            ``"batch:ghost:16"`` (a batch norm with a policy of :mod:`normkit.statistics`); case and underscores do not
+            matter, and a trailing ``1d``/``2d``/``3d`` goes before ``dim``. ``None`` is ``"none"``.
         num_channels: c of the input, whatever position it has in the layer's own constructor.
         dim: how many spatial axes the input has. 1: (n, c), (n, c, l) and, for layer norm, RMS norm and DyT,
             (n..., c); 2: (n, c, h, w); 3: (n, c, d, h, w), where these three normalise over the channels
@@ -122,6 +122,8 @@ def _shorthand(family: Family, text: str, value: str) -> dict[str, Any]:
         raise ValueError(f"{text!r}: {family.spec.name} takes no value after a colon")
     cls = next(iter(family.classes.values()))
     default = _parameters(cls)[argument].default
+    if default is None:  # a name, which the layer reads itself
+        return {argument: value}
     kind, words = (float, "number") if isinstance(default, float) else (int, "whole number")
     try:
         number = kind(value)

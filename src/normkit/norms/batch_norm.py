@@ -14,6 +14,7 @@ from normkit.statistics.application import Application, normalise, train
 from normkit.statistics.batch import PLAIN
 from normkit.statistics.buffers import Kept, LazyFeatures, RunningStatistics, as_statistics
 from normkit.statistics.masking import blanked
+from normkit.statistics.naming import named
 from normkit.statistics.policy import PREFIX, Policy, begin
 from normkit.statistics.synchronized import Synchronized
 from normkit.vocabulary.spec import Spec
@@ -27,6 +28,7 @@ SPEC = Spec(
     twin="torch.nn.BatchNorm{dim}d",
     paper="Ioffe & Szegedy 2015, arXiv:1502.03167",
     aliases=("batch", "bn"),
+    shorthand="statistics",
 )
 
 
@@ -148,12 +150,13 @@ class _BatchNorm(Norm, RunningStatistics):
             return self.statistics.train(call)
         return self.statistics.evaluate(call)
 
-    def _set_policy(self, statistics: Policy | None) -> None:
-        self.statistics = PLAIN if statistics is None or statistics == PLAIN else statistics
+    def _set_policy(self, statistics: Policy | str | None) -> None:
+        policy = named(statistics) if isinstance(statistics, str) else statistics
+        self.statistics = PLAIN if policy is None or policy == PLAIN else policy
         if not isinstance(self.statistics, Policy):
             raise TypeError(
                 f"{type(self).__name__}: statistics={statistics!r} is no policy.\n"
-                "  give one of normkit.statistics, such as normkit.statistics.Ghost(32), or None"
+                "  give one of normkit.statistics, such as normkit.statistics.Ghost(32), its name, or None"
             )
         self.statistics.check(self)
         self._add_state()
@@ -195,7 +198,7 @@ class _Sized(_BatchNorm):
         activation: Activation | type[nn.Module] = None,
         backend: str | None = None,
         low_precision_buffers: bool = False,
-        statistics: Policy | None = None,
+        statistics: Policy | str | None = None,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         self._set_bias(bias)
@@ -225,7 +228,7 @@ class _Lazy(LazyFeatures, _BatchNorm):
         activation: Activation | type[nn.Module] = None,
         backend: str | None = None,
         low_precision_buffers: bool = False,
-        statistics: Policy | None = None,
+        statistics: Policy | str | None = None,
     ) -> None:
         super().__init__(eps, momentum, affine, track_running_stats, device, dtype)
         self._set_bias(bias)
@@ -255,7 +258,7 @@ class BatchNorm2d(_Sized, nn.BatchNorm2d, spec=SPEC, dim=2):
         backend: see :func:`normkit.backend`.
         low_precision_buffers: let ``.half()`` and ``.bfloat16()`` cast the running statistics, as torch does.
         statistics: which statistics normalise, and what enters the running ones: a policy of
-            :mod:`normkit.statistics`; ``None`` is the mini-batch's.
+            :mod:`normkit.statistics` or its name (``"ghost:16"``); ``None`` is the mini-batch's.
 
     Shapes: input, ``residual`` and output (n, c, h, w). ``forward(input, *, residual=None, mask=None, lengths=None,
     step=None)``: the mask (True: keep) or the lengths of padded samples; the step with ``statistics=PerStep(...)``.

@@ -5,6 +5,7 @@ from normkit.statistics.blend import Blend
 from normkit.statistics.ghost import Ghost
 from normkit.statistics.l1 import L1
 from normkit.statistics.moving_average import MovingAverage, bind
+from normkit.statistics.naming import named
 from normkit.statistics.per_domain import PerDomain
 from normkit.statistics.per_step import PerStep
 from normkit.statistics.policy import Policy
@@ -30,5 +31,6 @@ __all__ = [
     "Synchronized",
     "Virtual",
     "bind",
+    "named",
     "same_calls",
 ]
