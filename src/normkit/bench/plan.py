@@ -11,9 +11,10 @@ from normkit.bench.cases import Case, Level, choose
 from normkit.bench.cell import Effort
 from normkit.bench.models import MODELS
 from normkit.bench.overhead import SIZES
+from normkit.bench.synchronized import CASES, PROCESSES
 
 Task = dict[str, Any]
-SPECIAL = ("models", "overhead", *MODELS)
+SPECIAL = ("models", "overhead", "synchronized", *MODELS)
 """Words of ``--op`` that are no op."""
 
 EFFORTS: dict[Level, Effort] = {
@@ -54,6 +55,9 @@ def tasks(
         found += _cells(choose(level, plain, shapes), types, layouts or (("contiguous",) if level == "quick" else ()))
     if "overhead" in special:
         found += [{**task, "overhead": True} for task in _cells(SIZES, dtypes or ("float32",), ("contiguous",))]
+    if "synchronized" in special:
+        cells = _cells(CASES, dtypes or ("float32",), ("contiguous",))
+        found += [{**task, "processes": processes} for task in cells for processes in PROCESSES]
     for model in MODELS:
         if model in special or "models" in special:
             found += [{"kind": "model", "model": model, "dtype": dtype} for dtype in dtypes or ("float32", "bfloat16")]

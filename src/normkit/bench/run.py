@@ -106,7 +106,7 @@ def _name(task: Task) -> Record:
         return {"kind": "model", "op": task["model"], "dtype": task["dtype"], "implementation": "torch"}
     case = case_of(task)
     return {
-        "kind": "overhead" if task.get("overhead") else "op",
+        "kind": "overhead" if task.get("overhead") else "synchronized" if "processes" in task else "op",
         "op": case.op,
         "shape": list(case.shape),
         "dtype": task["dtype"],

@@ -42,7 +42,8 @@ class Bench:
 
     op: Annotated[list[str], tyro.conf.arg(metavar="NAME"), Several] = field(default_factory=list)
     """What to time; may be repeated, * stands for anything: batch_norm+add+relu, group_norm*, overhead (the fixed cost
-    of a call), resnet50, unet, transformer, models (training steps). Default: every op; --list shows them."""
+    of a call), synchronized (statistics of 1 to 3 processes), resnet50, unet, transformer, models (training steps).
+    Default: every op; --list shows them."""
     shape: Annotated[list[str], tyro.conf.arg(metavar="N,C,..."), Several] = field(default_factory=list)
     """Only this shape, or one of your own: 32,64,56,56. May be repeated."""
     dtype: Annotated[list[str], tyro.conf.arg(metavar="TYPE"), Several] = field(default_factory=list)
@@ -116,8 +117,8 @@ def _plan(asked: Bench) -> Plan:
         raise UserError(f"--threads {threads}: at least one thread has to do the work")
     _device(asked.device)
     allocators: Sequence[str] = ALLOCATORS if asked.allocator == "both" else (asked.allocator,)
-    if asked.device != "cpu":
-        allocators = ALLOCATORS[:1]  # the C library's has no say on a GPU
+    if asked.device != "cpu" or asked.op == ["synchronized"]:
+        allocators = ALLOCATORS[:1]  # the C library's has no say on a GPU, nor on processes that talk
     return Plan(found, effort, allocators, threads, asked.device)
 
 
@@ -205,7 +206,8 @@ def _words(task: Task) -> str:
     if task["kind"] == "model":
         return f"{MODELS[task['model']].told}, {task['dtype']}"
     case = case_of(task)
-    return f"{case.op} {'x'.join(map(str, case.shape))} {task['dtype']} {task['layout'].replace('_', ' ')}"
+    processes = f", {task['processes']} processes" if "processes" in task else ""
+    return f"{case.op} {'x'.join(map(str, case.shape))} {task['dtype']} {task['layout'].replace('_', ' ')}{processes}"
 
 
 def _show_plan(plan: Plan, asked: Bench) -> None:
@@ -217,7 +219,8 @@ def _show_plan(plan: Plan, asked: Bench) -> None:
         else:
             case = case_of(task)
             shape = ",".join(map(str, case.shape))
-            rows.append([case.op, shape, task["dtype"], task["layout"], case.reason])
+            op = f"{case.op}, {task['processes']} processes" if "processes" in task else case.op
+            rows.append([op, shape, task["dtype"], task["layout"], case.reason])
     answer = f"{len(rows)} cells would be timed, each with the allocator {' and '.join(plan.allocators)}"
     if asked.json:
         show_json({"answer": answer, "cells": [dict(zip(("op", "shape", "dtype", "layout", "why"), r)) for r in rows]})  # noqa: B905
