@@ -159,12 +159,13 @@ def normkit_row_12(rank: int) -> None:
     assert (merged.running_var - (1 + between)).abs().max() < 0.1
 
 
-def test_torch_row_12_the_statistics_of_rank_0_win(tmp_path):
-    spawn(2, tmp_path, torch_row_12)
+def row_12(rank: int) -> None:
+    torch_row_12(rank)
+    normkit_row_12(rank)
 
 
-def test_normkit_row_12_synchronised_or_merged_statistics_are_those_of_all_ranks(tmp_path):
-    spawn(2, tmp_path, normkit_row_12)
+def test_torch_row_12_the_statistics_of_rank_0_win_and_normkit_row_12_those_of_all_ranks_count(tmp_path):
+    spawn(2, tmp_path, row_12)
 
 
 # Row 13: parameters are frozen, statistics move.

@@ -2,6 +2,18 @@
 
 from normkit.surgery.accelerate import accelerate_
 from normkit.surgery.freeze import freeze_, unfreeze_
+from normkit.surgery.merge import merge_statistics_
 from normkit.surgery.operate import Plan, Step, operate
+from normkit.surgery.synchronize import sync_, unsync_
 
-__all__ = ["Plan", "Step", "accelerate_", "freeze_", "operate", "unfreeze_"]
+__all__ = [
+    "Plan",
+    "Step",
+    "accelerate_",
+    "freeze_",
+    "merge_statistics_",
+    "operate",
+    "sync_",
+    "unfreeze_",
+    "unsync_",
+]

@@ -100,7 +100,8 @@ def _kept(layer: Any) -> list[Kept]:
     values = getattr(layer, "num_values_tracked", None)
     own = Kept(layer.running_mean, layer.running_var, layer.momentum, batches, values=values)
     state = layer._modules.get(PREFIX)
-    return [own, *(state.kept(layer, row) for row in range(len(state.mean)))] if isinstance(state, Table) else [own]
+    rows = [state.kept(layer, row) for row in range(len(state.mean))] if isinstance(state, Table) else []
+    return [own, *filter(None, rows)]
 
 
 def _pairs(kept: Kept, values: tuple[Tensor, Tensor] | None) -> list[tuple[Tensor, Tensor]]:

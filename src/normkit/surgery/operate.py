@@ -92,7 +92,7 @@ def operate(plan: Plan, *, example_inputs: Any = None) -> Certificate:
             done.append(step)
         if losses := snapshot.losses(plan.model, plan.changes):
             raise RuntimeError(_failed(plan, losses))
-        agreement = tuple(probe.agreement(plan.model, example_inputs, then) for then in before)
+        agreement = tuple(probe.agreement(plan.model, example_inputs, then, plan.changes) for then in before)
         if far := [row for row in agreement if not row.error <= row.limit]:
             raise RuntimeError(_failed(plan, [_moved(row.training, row.error, row.limit) for row in far]))
     except BaseException:

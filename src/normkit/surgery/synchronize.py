@@ -179,7 +179,8 @@ class Recast(recast.Recast):
 
     def apply(self) -> None:
         super().apply()
-        self.module.statistics = self.policy
+        layer: Any = self.module
+        layer.statistics = self.policy
 
     def objections(self) -> list[str]:
         return super().objections() or _objections(self.module, self.policy)
