@@ -20,7 +20,6 @@ from normkit.kernels import loading
 from policies import EPS, MENU, SETTINGS, L1Hand, RangeHand, S, Setting
 
 each_policy = pytest.mark.parametrize("setting", SETTINGS, ids=str)
-each_dim = pytest.mark.parametrize("dim", [0, 1, 2, 3])
 CHANNELS = 3
 IGNORED = {"statistics_state.batches", "statistics_state.mean", "statistics_state.var"}
 """Of :class:`Before`: what the last forward pass found, which is no result."""
@@ -94,12 +93,18 @@ def test_the_page_has_a_row_for_every_policy():
     assert sorted(rows) == sorted(cls.__name__ for cls in MENU)
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
-@each_dim
+WAYS = [(way, dim) for way in ("whole", "masked") for dim in (0, 1, 2, 3)] + [("composite", 1)]
+
+
+@pytest.mark.parametrize(("way", "dim"), WAYS)
 @each_policy
-def test_it_is_what_it_is_by_hand(setting, dim, masked):
-    """Four updates and an evaluation: output, all gradients, running statistics."""
-    layer = setting.layer(CHANNELS, dim).double()
+def test_it_is_what_it_is_by_hand(setting, way, dim):
+    """Four updates and an evaluation: output, all gradients, running statistics.
+
+    ``composite``: in torch's operators under torch's autograd, which compilers and transforms see.
+    """
+    masked, backend = way == "masked", "reference" if way == "composite" else None
+    layer = setting.layer(CHANNELS, dim, backend=backend).double()
     hand = setting.by_hand(CHANNELS, an_input(dim))
     spread = lambda t: t.reshape(1, -1, *[1] * dim)
     for update in range(5):
@@ -311,22 +316,30 @@ def test_a_lazy_layer_is_the_layer_built_for_that_size(setting):
     assert lazy.state_dict().keys() == sized.state_dict().keys()
 
 
+slow_but_for_some = [
+    pytest.param(setting, marks=[] if str(setting) in ("MovingAverage", "PerDomain", "Virtual") else pytest.mark.slow)
+    for setting in SETTINGS
+]
+
+
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, in dynamo
-@each_policy
-def test_it_compiles_as_a_whole_and_gives_the_same(setting):
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["alone", "in a checkpoint"])
+@pytest.mark.parametrize("setting", slow_but_for_some, ids=str)
+def test_it_compiles_as_a_whole_and_gives_the_same(setting, checkpointed):
+    """Inside an eager checkpoint, the same compiled code runs outside and inside the backward pass."""
     layer = setting.layer(CHANNELS, activation="relu").double()
     other = copy.deepcopy(layer)
     torch._dynamo.reset()
     compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
     call = lambda x: compiled(x, **setting.keywords)
-    for _ in range(3):
+    for _ in range(4):
         x, upstream = an_input(), torch.randn_like(an_input())
         wanted = step(setting, layer, x, upstream)
         other.zero_grad()
         x.requires_grad_()
         with setting.around(other, x):
-            y = call(x)
-        y.backward(upstream)
+            y = checkpoint(call, x, use_reentrant=False) if checkpointed else call(x)
+            y.backward(upstream)
         grads = {f"gradient of {name}": parameter.grad for name, parameter in other.named_parameters()}
         assert_close({"output": y, "gradient of input": x.grad, **grads, **buffers(other)}, wanted, 1e-12)
 
@@ -919,7 +932,7 @@ def test_more_bad_input_is_one_clear_error_each():
     with pytest.raises(ValueError, match="on_single='other'"):
         S.Batch(on_single="other")
     with pytest.raises(TypeError, match="no policy"):
-        nk.BatchNorm1d(2, statistics="ghost")
+        nk.BatchNorm1d(2, statistics=32)
 
 
 def test_one_value_per_channel_is_what_the_caller_said():

@@ -70,10 +70,10 @@ class MovingAverage(Policy):
     warmup: int = 100
 
     def __post_init__(self) -> None:
-        if self.window < 1 or self.r_max < 1 or self.warmup < 0:
+        if not isinstance(self.window, int) or self.window < 1 or self.r_max < 1 or self.warmup < 0:
             raise ValueError(
                 f"MovingAverage: window={self.window}, r_max={self.r_max}, warmup={self.warmup}.\n"
-                "  window and r_max are 1 or more, warmup is 0 or more"
+                "  window is a number of updates, 1 or more; r_max is 1 or more, warmup 0 or more"
             )
 
     def check(self, layer: Any) -> None:
