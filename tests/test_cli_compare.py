@@ -200,6 +200,23 @@ def test_plain_lines_say_what_runs_and_what_failed():
     assert any(line.startswith("final runs: 6 runs (2 arms, 3 seeds)") for line in said)
 
 
+def test_a_reason_that_fails_many_runs_is_said_once_and_counted():
+    stream = io.StringIO()
+    display = Lines(Console(file=stream, width=40))
+    plan(display)
+    recipe = comparison.make_recipe(
+        comparison.Source("tiny", tiny), tiny(), parse_arms("none,batch"), BUDGETS["quick"], None, {}, data=""
+    )
+    display.planned("search", recipe.search_cells((3.0,), None, threads=1), [], ahead=0)
+    for cell in recipe.search_cells((3.0,), None, threads=1):
+        display.done(cell, {"state": "failed", "reason": "RuntimeError: no"})
+    display.planned("final", [], [], ahead=0)
+    said = stream.getvalue()
+    assert said.count("RuntimeError: no") == 1
+    assert "2 of 2 runs, 3 failed, about" in said
+    assert "0 runs" not in said
+
+
 def test_bars_show_every_arm_and_the_time_left():
     from rich.progress import Progress
 

@@ -158,6 +158,13 @@ def test_what_a_norm_adds_to_adamw_is_said_against_adamw_and_that_most_is_gone(s
     )
 
 
+def test_an_advantage_that_is_gone_in_time_only_is_said_so(say):
+    arms = {"none": Script(times(6)), "batch": Script(times(1)), "none+adamw": Script(times(5), ms=0.1)}
+    answer = say(**arms, **{"batch+adamw": Script(times(1))})[1]
+    assert "5.0× fewer steps [5.0, 5.0] than no normalization with AdamW, in time not distinguishable" in answer
+    assert answer.endswith("most of the advantage in time is gone.")
+
+
 def test_an_advantage_that_stays_is_not_said_to_be_gone(say):
     answer = with_adamw(say, plain=5, normed=1)
     assert "Like for like, batch norm with AdamW reaches 95 % in 5.0× fewer steps" in answer

@@ -27,6 +27,7 @@ class Display:
         self.phase = ""
         self.totals: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
+        self.failures: Counter[str] = Counter()  # by reason: a model that crashes crashes in every run
 
     def planned(self, phase: str, cells: Sequence[Cell], finished: Sequence[str], ahead: int) -> None:
         if phase != self.phase:
@@ -39,6 +40,8 @@ class Display:
         many = _count(seeds, "seed")
         what = many if phase == FINAL else f"{_count(rates, 'rate')}, {many}"
         done = f", {len(finished)} of them finished before" if finished else ""
+        if not cells:  # no arm has a rate: all that follows is the error that says why
+            return
         self.say(f"{PHASES[phase]}: {len(cells)} runs ({_count(len(self.totals), 'arm')}, {what}){done}")
         self.show()
 
@@ -47,8 +50,14 @@ class Display:
         self.fresh += 1
         self.left -= 1
         if status["state"] == "failed":
-            self.say(f"failed: {cell.name}: {status['reason']}")
+            self.failures[status["reason"]] += 1
+            if self.failures[status["reason"]] == 1:
+                self.say(f"failed: {cell.name}: {status['reason']}")
         self.show()
+
+    @property
+    def failed(self) -> str:
+        return f", {self.failures.total()} failed" if self.failures else ""
 
     @property
     def time_left(self) -> str:
@@ -80,7 +89,7 @@ class Lines(Display):
         done, total = self.counts.total(), self.totals.total()
         if self.fresh and (time.monotonic() - self.said > PLAIN_SECONDS or done == total):
             self.said = time.monotonic()
-            self.say(f"{PHASES[self.phase]}: {done} of {total} runs, {self.time_left}")
+            self.say(f"{PHASES[self.phase]}: {done} of {total} runs{self.failed}, {self.time_left}")
 
 
 class Bars(Display):
@@ -100,7 +109,7 @@ class Bars(Display):
         for arm, total in self.totals.items():
             if arm not in self.tasks:
                 self.tasks[arm] = self.progress.add_task(arm, total=total, note="")
-            note = self.time_left if arm == next(iter(self.totals)) else ""
+            note = self.time_left + self.failed if arm == next(iter(self.totals)) else ""
             self.progress.update(self.tasks[arm], total=total, completed=self.counts[arm], note=note)
 
 

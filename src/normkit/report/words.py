@@ -155,29 +155,37 @@ def _like_for_like(summary: dict[str, Any], goal: str) -> str:
         if pair is None or pair["steps_ratio"]["verdict"] in ("no pairs", "rarely reached"):
             continue
         clause = _clause(arm | pair, arms[pair["against"]], goal, pair["against"] in said)
-        clauses.append(clause + (", most of the advantage is gone" if _mostly_gone(summary, arm) else ""))
+        clauses.append(clause + _mostly_gone(summary, arm))
         if pair["steps_ratio"]["verdict"] in DECIDED:
             said.add(pair["against"])
     return f"Like for like, {'; '.join(clauses)}." if clauses else ""
 
 
-def _mostly_gone(summary: dict[str, Any], arm: dict[str, Any]) -> bool:
-    """Whether less than half is left of what the same norm gains against the baseline: of r× fewer steps, r − 1.
+def _mostly_gone(summary: dict[str, Any], arm: dict[str, Any]) -> str:
+    """Says so when less than half is left of what the same norm gains against the baseline: of r× fewer steps, r − 1.
 
     By the ends of the intervals that make it hardest: the upper one here against the lower one there.
     """
     about = {one["name"]: one for one in summary["experiment"]["arms"]}
     here, base = about[arm["name"]], about[summary["experiment"]["baseline"]]
     wanted = [here.get(key) for key in NORM] + [base.get(key) for key in KIT]
-    alike = (
-        other["steps_ratio"]
+    found = (
+        other
         for other in summary["points"][0]["arms"]
         if "steps_ratio" in other and [about[other["name"]].get(key) for key in NORM + KIT] == wanted
     )
-    left = arm["like_for_like"]["steps_ratio"]["high"]
-    return any(
-        there["verdict"] == "faster" and left is not None and 2 * (left - 1) < there["low"] - 1 for there in alike
-    )
+    alike = next(found, None)
+    gone = [
+        words
+        for key, words in (("steps_ratio", "in steps"), ("seconds_ratio", "in time"))
+        if alike and _halved(alike[key], arm["like_for_like"][key])
+    ]
+    which = "" if len(gone) == 2 else f" {gone[0]}" if gone else ""
+    return f", most of the advantage{which} is gone" if gone else ""
+
+
+def _halved(there: dict[str, Any], here: dict[str, Any]) -> bool:
+    return there["verdict"] == "faster" and here["high"] is not None and 2 * (here["high"] - 1) < there["low"] - 1
 
 
 def plain_remark(summary: dict[str, Any]) -> str:
