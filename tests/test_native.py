@@ -148,6 +148,23 @@ def test_a_batch_with_nan_moves_no_statistics():
     assert layer.num_batches_skipped == 1
 
 
+@pytest.mark.parametrize("create_graph", [False, True], ids=["once", "twice"])
+@pytest.mark.parametrize("statistics", [None, nk.statistics.Ghost(2)], ids=["plain", "in two halves"])
+def test_saved_tensors_may_come_back_in_another_layout(statistics, create_graph):
+    """As hooks that pack what is saved do; the kernel reads addresses, so it has to notice."""
+    layer = nk.BatchNorm2d(6, activation="relu", statistics=statistics, backend="native")
+    x = torch.randn(4, 6, 5, 3).to(memory_format=torch.channels_last).requires_grad_()
+    residual = torch.randn_like(x).requires_grad_()
+    upstream = torch.randn_like(x)
+    found = []
+    for pack in (lambda t: t, lambda t: t.contiguous()):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            y = layer(x, residual=residual)
+        found.append(torch.autograd.grad(y, (x, residual, *layer.parameters()), upstream, create_graph=create_graph))
+    for mine, other in zip(*found, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
 @pytest.mark.parametrize("activation", ["relu", None, "silu"])
 def test_the_output_may_be_overwritten_before_the_backward_pass(activation):
     x = numbers((4, 6, 5, 5), torch.float32)

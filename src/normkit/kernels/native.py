@@ -39,8 +39,8 @@ def reasons_against(call: Call) -> list[str]:
             return ["an input is a subclass of Tensor, which sees torch's operators only"]
         if not tensor.is_cpu:
             return [f"a tensor is on {tensor.device}; these kernels are for the CPU"]
-        if tensor.layout is not torch.strided or tensor.is_neg():
-            return ["a tensor is sparse, or a view that changes its values"]
+        if tensor.layout is not torch.strided or tensor.is_neg() or tensor.is_nested:
+            return ["a tensor is sparse or nested, or a view that changes its values"]
     if call.counted is not None:
         return ["a mask leaves out some of the values that share their statistics"]
     if call.composite:
@@ -183,6 +183,7 @@ class _Normalize(torch.autograd.Function):
             return (*_differentiable(ctx, dy), None, None, None, None)
         plan: Plan = ctx.plan
         x, weight, bias, residual, stats, bits = ctx.saved_tensors
+        x = alike(x, x, plan.strides)  # hooks on saved tensors may have laid it out anew
         need_x, need_weight, need_bias, need_residual = ctx.needs_input_grad[:4]
         dy = alike(dy, x, plan.strides)
         kept = None if residual is None else alike(residual, x, plan.strides)
@@ -231,7 +232,7 @@ def _differentiable(ctx: Any, dy: Tensor) -> list[Tensor | None]:
             if inputs[i] is None:  # the gradients do not depend on this bias or residual: zero stands for it
                 zero = torch.zeros_like(x) if i == 3 else torch.zeros(plan.parameters, dtype=ctx.bias_type)
                 inputs[i] = zero.requires_grad_()
-        signs = None if bits is None else _signs(plan, x, stats, bits)
+        signs = None if bits is None else _signs(plan, alike(x, x, plan.strides), stats, bits)
         y = _composite(plan, (x, *inputs[1:]), stats, ctx.eps, signs)
         grads = torch.autograd.grad(y, [inputs[i] for i in wanted], dy, create_graph=True)
     out: list[Tensor | None] = [None] * 4

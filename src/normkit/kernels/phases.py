@@ -101,6 +101,7 @@ class _Pooled(torch.autograd.Function):
         need_x, need_weight, need_bias, need_residual = ctx.needs_input_grad[:4]
         units = Units(mean, rstd, *_corrected(weight, bias, factor, offset))
         halves: Halves = ctx.halves
+        x = halves.laid_out(x)
         sums, dweight, dbias = halves.sums(x, dy, residual, units, bits, need_weight or need_bias)
         merged = ctx.pooling.total(sums.double()) / count.clamp(min=1)
         dx, dresidual = halves.gradients(x, dy, residual, units, bits, merged, need_x, need_residual)
@@ -160,6 +161,10 @@ class Halves:
 
     def __init__(self, per_sample: bool) -> None:
         self.per_sample = per_sample
+
+    def laid_out(self, x: Tensor) -> Tensor:
+        """The saved input as the halves read it: hooks on saved tensors may have laid it out anew."""
+        return x
 
     def moments(self, x: Tensor) -> Moments:
         raise NotImplementedError
@@ -233,6 +238,9 @@ class NativeHalves(Halves):
     def __init__(self, per_sample: bool, plan: Plan) -> None:
         super().__init__(per_sample)
         self.plan, self.gate = plan, plan.gate
+
+    def laid_out(self, x: Tensor) -> Tensor:
+        return alike(x, x, self.plan.strides)
 
     def moments(self, x: Tensor) -> Moments:
         units = self.plan.statistics

@@ -171,4 +171,4 @@ def alike(tensor: Tensor, x: Tensor, strides: tuple[int, ...]) -> Tensor:
         return tensor
     if all(size == 1 or a == b for size, a, b in zip(x.shape, tensor.stride(), strides, strict=True)):
         return tensor
-    return torch.empty_like(x).copy_(tensor)
+    return torch.empty_strided(x.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
