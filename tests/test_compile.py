@@ -104,11 +104,16 @@ def test_one_graph_serves_batches_and_maps_of_any_size(form):
 
 @pytest.mark.parametrize("twin", [t for t in TRACKING if all(t.options.values())], ids=str)
 def test_the_cumulative_average_needs_no_second_graph(twin):
+    """Eager code reads the counter and gives torch's numbers; in a graph it is a tensor: two more roundings a step."""
     mine = twin.layer(momentum=None)
     other, whole = copy.deepcopy(mine), compiled(mine)
     for _ in range(3):
         x = twin.input()
-        assert_same(step(whole, mine, x, residual=False), step(other, other, x, residual=False))
+        got, wanted = step(whole, mine, x, residual=False), step(other, other, x, residual=False)
+        for name in ("running_mean", "running_var"):
+            bound = 6 * torch.finfo(torch.float32).eps * x.square().max()
+            assert (got.pop(name) - wanted.pop(name)).abs().max() <= bound
+        assert_same(got, wanted)
     assert mine.num_batches_tracked.item() == (3 if twin.mixes_samples else 0)
 
 

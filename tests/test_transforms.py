@@ -153,7 +153,7 @@ def test_an_ensemble_is_its_members_and_torchs(twin, training):
 
             seen.append({"output": vmap(call)(parameters, buffers, xs), **buffers})
         assert_same({name: seen[0][name] for name in seen[1]}, seen[1])
-        assert {*seen[0]} - {*seen[1]} == ({"num_batches_skipped"} if twin.tracks else set())
+        assert {*seen[0]} - {*seen[1]} == ({"num_batches_skipped", "num_values_tracked"} if twin.tracks else set())
         for i, layer in enumerate(members):
             output = layer(xs[i])
             bound = 8 * torch.finfo(x_dtype := output.dtype).eps * (1 + xs[i].abs().max())
