@@ -270,13 +270,25 @@ def test_no_samples_at_all(form):
     assert_identical(running(layer), before)
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("form", [form for form in PLANAR if "sample" in form.spec.laws], ids=str)
-def test_what_is_left_out_needs_no_epsilon(form):
+def test_what_is_left_out_needs_no_epsilon(form, backend):
     """A sample that is padding alone has a variance of 0, and 0 / 0 would come back through the gradient of weight."""
-    layer, batch = form.layer(ORDINARY, torch.float64), Batch(form)
+    layer, batch = form.layer(ORDINARY, torch.float64, backend=backend), Batch(form)
     layer.eps = 0.0
     wanted = batch.step_without_padding(copy.deepcopy(layer))
     assert_close(batch.step(layer), wanted, 1e-12)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+@every_planar_form
+def test_the_zero_in_the_place_of_padding_may_be_infinitely_far_off(form, backend):
+    """Where all that counts is -30000, the blank beside it is ten million deviations away: infinity in float16."""
+    layer, batch = form.layer(ORDINARY, torch.float16, activation="silu", backend=backend), Batch(form, torch.float16)
+    with torch.no_grad():
+        batch.x.copy_(batch.poisoned(torch.full_like(batch.x, -3e4)))
+    for name, value in batch.step(layer).items():
+        assert value.isfinite().all(), name
 
 
 # what does not change

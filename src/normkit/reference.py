@@ -47,6 +47,8 @@ def run(call: Call) -> Tensor:
         y = y * call.weight.double().reshape(layout.weight_view)
     if call.bias is not None:
         y = y + call.bias.double().reshape(layout.weight_view)
+    if call.counted is not None:
+        y = torch.where(counted, y, 0)
     return apply(y.reshape(call.x.shape).to(call.x.dtype), call.residual, call.activation)
 
 

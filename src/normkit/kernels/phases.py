@@ -45,7 +45,7 @@ def run(halves: Halves, application: Any, pooling: Any, correct: Any) -> tuple[T
     given = (application.weight, application.bias, application.residual if halves.fuses else None)
     y = _Pooled.apply(application.x, *given, halves, application, pooling, correct, observed)
     if not halves.fuses:
-        y = epilogue.apply(y, application.residual, application.layer.activation)
+        y = epilogue.apply(application.masked(y), application.residual, application.layer.activation)
     return y, observed[0]
 
 

@@ -201,7 +201,7 @@ class Application:
             z = z * spread(self.weight)
         if self.bias is not None:
             z = z + spread(self.bias)
-        return z
+        return self.masked(z)  # before float16 and an activation make infinity and NaN of what is far off
 
     def masked(self, y: Tensor) -> Tensor:
         """0 where nothing counts: so no gradient comes in there either."""
