@@ -111,6 +111,31 @@ def test_whatever_normalises_the_moments_of_the_input_are_pooled(policy, masked)
     assert_close(layer, wanted)
 
 
+@pytest.mark.parametrize(("momentum", "compiled"), [(0.1, False), (None, False), (0.1, True)])
+def test_every_domain_and_step_pools_its_own_and_the_layer_pools_all(momentum, compiled):
+    torch._dynamo.reset()
+    layer = nk.BatchNorm1d(CHANNELS, momentum=momentum, statistics=nk.statistics.PerStep(3))
+    run = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=False) if compiled else layer
+    own = [nn.BatchNorm1d(CHANNELS, momentum=momentum) for _ in range(2)]
+    together = nn.BatchNorm1d(CHANNELS, momentum=momentum)
+    for updates in range(2):
+        batches = [off_scale((8, CHANNELS), 1), off_scale((8, CHANNELS), 1) * 2 + 3]
+        with nk.accumulate_statistics(layer):
+            for parts in zip(*(x.split(4) for x in batches), strict=True):
+                for step_number, part in enumerate(parts):
+                    run(part, step=step_number)
+            assert layer.statistics_state.batches.tolist() == [updates, updates, 0]
+        for norm, x in zip([*own, together], [*batches, torch.cat(batches)], strict=True):
+            norm(x)
+    assert_close(layer, together)
+    state = layer.statistics_state
+    assert state.batches.tolist() == [2, 2, 0]
+    for row, norm in enumerate(own):
+        norm_of_row = copy.deepcopy(norm)
+        norm_of_row.running_mean, norm_of_row.running_var = state.mean[row], state.var[row]
+        assert_close(norm_of_row, norm)
+
+
 def test_momentum_none_weights_an_update_by_its_values():
     parts = [(4, 4, 2), (2, 3), (7,)]
     layer = nk.BatchNorm1d(CHANNELS, momentum=None)

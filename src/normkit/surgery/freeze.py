@@ -14,7 +14,7 @@ from normkit.surgery import preserve, recast
 from normkit.surgery.operate import Plan, operate
 from normkit.surgery.wrappers import unwrap
 from normkit.vocabulary.certificate import Certificate
-from normkit.vocabulary.prescription import Prescription
+from normkit.vocabulary.prescription import Prescription, Safety
 
 Filter = Callable[[nn.Module, str], bool]
 _LEARNED = ("weight", "bias")
@@ -128,7 +128,7 @@ def plan(
             intended.add(Prescription(f"{kind} becomes normkit's", name, "it can be frozen"), recast.Recast(module))
         moves = edit.frozen != getattr(module, "frozen", False)
         action = f"{type(module).__name__} {'frozen' if freeze else 'unfrozen'}"
-        safety = "eval_identical" if moves else "identical"
+        safety: Safety = "eval_identical" if moves else "identical"
         intended.add(Prescription(action, name, "as was asked", safety, ", ".join(words)), edit)
         changed |= {id(parameter) for parameter in edit.switched()}
     _complain(intended)
