@@ -470,6 +470,20 @@ def test_a_residual_of_another_shape_is_refused(setting):
         setting(layer, x, residual=torch.zeros(7, CHANNELS, 1, 1))
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+@each_policy
+def test_an_input_that_does_not_fit_is_refused_and_never_broadcast_or_rounded(setting, affine, training):
+    layer, x = setting.layer(CHANNELS, affine=affine).train(training), an_input(dtype=torch.float32)
+    before = buffers(layer)
+    for wrong in (x[:, :1], torch.cat([x, x], 1), x.int(), x.double(), x * 1j):
+        with pytest.raises(RuntimeError, match=r"channels|elements|type|not implemented|complex|Complex"):
+            setting(layer, wrong)
+    with pytest.raises(ValueError, match="expected 4D input"):
+        setting(layer, x[:, :, 0])
+    assert_equal(buffers(layer), before)
+
+
 @each_policy
 def test_reset_makes_everything_as_new(setting):
     layer = setting.layer(CHANNELS)

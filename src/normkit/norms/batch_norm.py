@@ -10,7 +10,7 @@ from torch.fx import Proxy
 
 from normkit.epilogue import Activation
 from normkit.norm import Norm, traced_as_call
-from normkit.statistics.application import Application, normalise, train
+from normkit.statistics.application import Application, normalise, refuse_misfit, train
 from normkit.statistics.batch import PLAIN
 from normkit.statistics.buffers import Kept, LazyFeatures, RunningStatistics, as_statistics
 from normkit.statistics.masking import blanked
@@ -141,6 +141,7 @@ class _BatchNorm(Norm, RunningStatistics):
     def _by_policy(
         self, x: Tensor, residual: Tensor | None, mask: Tensor | None, lengths: Tensor | None, step: int | None
     ) -> Tensor:
+        refuse_misfit(self, x)
         if mask is not None or lengths is not None:
             x, residual, mask = blanked(type(self).__name__, SPEC.over, x, residual, mask, lengths)
         weight, bias = as_statistics(self.running_mean, self.weight, self.bias)

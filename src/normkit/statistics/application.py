@@ -223,6 +223,26 @@ class Application:
         )
 
 
+def refuse_misfit(layer: Any, x: Tensor) -> None:
+    """What torch's operator refuses, the arithmetic of policies would broadcast or round in silence."""
+    name = type(layer).__name__
+    if not x.is_floating_point():
+        raise RuntimeError(f"{name}: the input is of the type {x.dtype}; it must be a floating-point one.\n  x.float()")
+    own = next((t for t in (layer.running_mean, layer.weight, layer.bias) if t is not None), None)
+    if own is None:
+        return
+    if x.shape[1] != len(own):
+        raise RuntimeError(
+            f"{name}: the input has {x.shape[1]} channels, the layer {len(own)}.\n  input {tuple(x.shape)}; channels "
+            "are its second axis"
+        )
+    if torch.promote_types(x.dtype, own.dtype) != torch.promote_types(own.dtype, torch.float32):
+        raise RuntimeError(
+            f"{name}: mixed types: the input is of {x.dtype}, the layer's numbers of {own.dtype}.\n  cast one of them: "
+            "x.to(layer.weight.dtype), or layer.double()"
+        )
+
+
 def refuse_single(call: Application) -> None:
     """One value per channel has no deviation: refused in torch's words, as plain batch norm does."""
     if call.mask is None and values_per_channel(call.x) == 1 and call.layer.training:
