@@ -18,7 +18,7 @@ from typing import Any
 
 import normkit as nk
 from normkit.laws import LAWS
-from normkit.report import bench_summary
+from normkit.report import bench_summary, bench_synchronized
 from normkit.report.words import verdict
 from normkit.vocabulary.record import read_lines
 from normkit.vocabulary.spec import REGISTRY, Family, Spec
@@ -34,6 +34,7 @@ RECORDS = Path("records") / "compare"
 TASKS = ("digits", "digits-relu", "digits-cnn")
 """In the order of the README."""
 OVERHEAD = Path("records") / "bench" / "overhead"
+SYNCHRONIZED = Path("records") / "bench" / "synchronized"
 SPEEDS = Path("records") / "bench" / "cpu"
 """One directory per run of the benchmark."""
 UNMEASURED = f"No record of a quiet machine is committed yet; `normkit bench --op overhead --out {OVERHEAD}` makes one."
@@ -237,6 +238,20 @@ def measured_passes(root: Path) -> str:
     )
 
 
+def cost_of_synchronising(root: Path) -> str:
+    """Bytes and milliseconds of synchronised statistics, from the committed record."""
+    file = root / SYNCHRONIZED / "bench.jsonl"
+    if not file.exists():
+        command = f"normkit bench --op synchronized --out {SYNCHRONIZED}"
+        return f"No record of a quiet machine is committed yet; `{command}` makes one."
+    made, *records = read_lines(file)
+    found = bench_synchronized.table(records, "~")
+    return (
+        f"{table(found.header, found.rows)}\n\n{made['processor']}, one thread per process, torch {made['torch']}: "
+        f"`{made['command']}`, [every number](../{SYNCHRONIZED}/report.md). ~: the machine was busy."
+    )
+
+
 def _microseconds(record: dict[str, Any] | None, part: str) -> str:
     return "" if record is None else f"{_busy(record)}{record[part]['extra_us']['value']:+.1f} µs"
 
@@ -277,6 +292,12 @@ def pages() -> dict[Path, str]:
     return {
         ROOT / "docs" / "norms.md": norms_page(),
         ROOT / "README.md": readme((ROOT / "README.md").read_text(encoding="utf-8")),
+        ROOT / "docs" / "distributed.md": between_marks(
+            "docs/distributed.md",
+            (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8"),
+            "synchronized",
+            cost_of_synchronising(ROOT),
+        ),
         ROOT / "docs" / "benchmarks.md": benchmarks((ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")),
     }
 

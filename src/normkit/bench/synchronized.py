@@ -68,20 +68,19 @@ def _process(
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all of them are on this machine
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, processes), rank=rank, world_size=processes)
-    try:
-        torch.manual_seed(rank)
-        x = torch.randn(shape, dtype=getattr(torch, dtype)).mul_(3).add_(2).requires_grad_()
-        upstream = torch.randn_like(x)
-        layers = _layers(shape[1], x.dtype)
-        parity = _parity(layers[SYNCHRONISED], x.detach(), processes, rank)
-        steps = {name: _step(layer, x, upstream) for name, layer in layers.items()}
-        sent = {name: _bytes_sent(step) for name, step in steps.items()}
-        taken: list[Round] = [{name: take(step, REPEATS) for name, step in steps.items()} for _ in range(rounds)]
-        if rank == 0:
-            records = {name: {**numbers(name, taken), "bytes": sent[name]} for name in steps}
-            torch.save({"parity": parity, **records}, answer)
-    finally:
-        dist.destroy_process_group()
+    torch.manual_seed(rank)
+    x = torch.randn(shape, dtype=getattr(torch, dtype)).mul_(3).add_(2).requires_grad_()
+    upstream = torch.randn_like(x)
+    layers = _layers(shape[1], x.dtype)
+    parity = _parity(layers[SYNCHRONISED], x.detach(), processes, rank)
+    steps = {name: _step(layer, x, upstream) for name, layer in layers.items()}
+    sent = {name: _bytes_sent(step) for name, step in steps.items()}
+    taken: list[Round] = [{name: take(step, REPEATS) for name, step in steps.items()} for _ in range(rounds)]
+    if rank == 0:
+        records = {name: {**numbers(name, taken), "bytes": sent[name]} for name in steps}
+        torch.save({"parity": parity, **records}, answer)
+    dist.barrier()  # a group that is given up right behind an all-reduce may wait for its own thread for ever
+    dist.destroy_process_group()
 
 
 def _layers(channels: int, dtype: torch.dtype) -> dict[str, Any]:
