@@ -72,11 +72,12 @@ def _table(summary: Summary) -> list[Block]:
         "learning rate."
     )
     alike = tables.like_for_like(summary)
+    like_for_like: list[Block] = [Text(LIKE_NOTE, "note"), alike] if alike else []
     return [
         Text(note, "note"),
         tables.table(summary, tables.RESULTS),
         tables.table(summary, tables.race_columns(summary)),
-        *([Text(LIKE_NOTE, "note"), alike] if alike else []),
+        *like_for_like,
     ]
 
 
