@@ -11,6 +11,7 @@ import torch._dynamo.testing
 from torch import Tensor, nn
 
 import normkit as nk
+from processes import spawn
 from twins import CHANNELS, TRACKING, assert_same, off_scale
 
 each_tracking = pytest.mark.parametrize("twin", [t for t in TRACKING if all(t.options.values())], ids=str)
@@ -421,6 +422,21 @@ def test_buffers_may_change_their_place_between_the_handle_and_the_step():
         accumulate(model, x)
         optimizer.step()
         assert_close(model[1], large, 1e-12)
+
+
+def pooled_over_ranks(rank: int) -> None:
+    torch.manual_seed(0)
+    x = off_scale((24, CHANNELS), 1)
+    layer = nk.BatchNorm1d(CHANNELS, statistics=nk.statistics.Synchronized())
+    large = nn.BatchNorm1d(CHANNELS)
+    step(layer, x.split((10, 14))[rank].split(7 if rank else 5))
+    large(x)
+    assert_close(layer, large)
+
+
+@pytest.mark.slow
+def test_micro_batches_of_all_ranks_are_one_batch(tmp_path):
+    spawn(2, tmp_path, pooled_over_ranks)
 
 
 # momentum=None by itself

@@ -288,6 +288,18 @@ def test_a_layer_that_cannot_be_frozen_is_named_and_nothing_changes():
     assert model[0].frozen
 
 
+def test_torchs_synchronised_layer_is_frozen_and_stays_synchronised():
+    model = nn.Sequential(nn.SyncBatchNorm(4))
+    nk.freeze_(model)
+    assert type(model[0]) is nk.SyncBatchNorm
+    assert isinstance(model[0], nn.SyncBatchNorm)
+    before = buffers(model)
+    assert model.train()(torch.randn(1, 4)).shape == (1, 4)
+    assert_same(buffers(model), before)
+    nk.unfreeze_(model)
+    assert isinstance(model[0].statistics, nk.statistics.Synchronized)
+
+
 def test_nothing_to_freeze_and_no_module_are_errors():
     with pytest.raises(ValueError, match="freeze_: statistics=False and affine=False leave nothing to do"):
         nk.freeze_(nk.BatchNorm1d(2), statistics=False, affine=False)

@@ -178,7 +178,8 @@ def _layers(model: nn.Module, what: str) -> list[RunningStatistics]:
                 [
                     f"{what}: {len(foreign)} layers keep running statistics and are not normkit's; nothing was done.",
                     *foreign,
-                    "  normkit.accelerate_(model) makes torch's layers normkit's, in place and with the same numbers",
+                    "  normkit.accelerate_(model) makes torch's layers normkit's, in place and with the same numbers; "
+                    "normkit.sync_(model) does so with SyncBatchNorm",
                 ]
             )
         )

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn, optim
 from torch.nn.utils import parametrize
 
+from normkit.norms.batch_norm import SyncBatchNorm
 from normkit.statistics.buffers import RunningStatistics
 from normkit.surgery import preserve, recast
 from normkit.surgery.operate import Plan, operate
@@ -107,6 +108,7 @@ def plan(
     inner = unwrap(model, operation)
     intended = Plan(operation, inner)
     changed: set[int] = set()
+    table = {**recast.twins(), nn.SyncBatchNorm: SyncBatchNorm}
     for name, module in inner.named_modules():
         if not isinstance(module, RunningStatistics) and not recast.looks_like_a_norm(module):
             continue
@@ -114,7 +116,7 @@ def plan(
             intended.skip(name, reason)
             continue
         ours = isinstance(module, RunningStatistics)
-        reasons = _reasons_against(module) if ours else recast.reasons_against(module)
+        reasons = _reasons_against(module) if ours else recast.reasons_against(module, table)
         if reasons:
             intended.refuse(name, "; ".join(reasons))
             continue
@@ -124,8 +126,9 @@ def plan(
             intended.skip(name, f"is {'frozen' if freeze else 'not frozen'} already")
             continue
         if not ours:
-            kind = type(module).__name__
-            intended.add(Prescription(f"{kind} becomes normkit's", name, "it can be frozen"), recast.Recast(module))
+            kind = type(module)
+            prescription = Prescription(f"{kind.__name__} becomes normkit's", name, "it can be frozen")
+            intended.add(prescription, recast.Recast(module, table[kind]))
         moves = edit.frozen != getattr(module, "frozen", False)
         action = f"{type(module).__name__} {'frozen' if freeze else 'unfrozen'}"
         safety: Safety = "eval_identical" if moves else "identical"
