@@ -53,8 +53,9 @@ class Norm(nn.Module):
 
     def reset_parameters(self) -> None:
         """Weight 1, bias 0, running statistics as new."""
-        if hasattr(self, "reset_running_stats"):
-            self.reset_running_stats()
+        reset: Any = getattr(self, "reset_running_stats", None)
+        if reset is not None:
+            reset()
         for name, value in (("weight", 1.0), ("bias", 0.0)):
             parameter = getattr(self, name, None)
             if parameter is not None and not is_lazy(parameter):

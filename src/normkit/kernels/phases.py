@@ -8,6 +8,7 @@ rank with an empty batch keeps step with the others.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -141,9 +142,11 @@ def _differentiable(ctx: Any, dy: Tensor) -> list[Tensor | None]:
         if bits is None:
             y = again.composite(ctx.pooling, correct, fused=halves.fuses)[0]
         else:
+            assert isinstance(halves, NativeHalves)  # torch's leave the activation to torch
             z = again.composite(ctx.pooling, correct, fused=False)[0]
             z = z if inputs[3] is None else z + inputs[3]
-            y = z * native._signs(halves.plan, x, torch.cat([mean.flatten(), rstd.flatten()]), bits)
+            stats = torch.cat([mean.flatten(), rstd.flatten()])
+            y = z * native._signs(halves.plan, halves.laid_out(x), stats, bits)
         grads = torch.autograd.grad(y, [inputs[i] for i in wanted], dy, create_graph=True, allow_unused=True)
     out: list[Tensor | None] = [None] * 4
     for i, grad in zip(wanted, grads, strict=True):
@@ -151,7 +154,7 @@ def _differentiable(ctx: Any, dy: Tensor) -> list[Tensor | None]:
     return out
 
 
-class Halves:
+class Halves(ABC):
     """The four phases on units of (c,), or (n, c) per sample."""
 
     fuses = False
@@ -166,25 +169,26 @@ class Halves:
         """The saved input as the halves read it: hooks on saved tensors may have laid it out anew."""
         return x
 
+    @abstractmethod
     def moments(self, x: Tensor) -> Moments:
-        raise NotImplementedError
+        """Of every unit."""
 
+    @abstractmethod
     def normalise(self, x: Tensor, units: Units, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The output, and the bits of a ReLU where the backward pass needs them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def sums(self, x: Tensor, dy: Tensor, residual: Any, units: Units, bits: Any, parameters: bool) -> tuple:
         """(2, units...): of dz and dz (x - mean); then the gradients of weight and bias, (c,).
 
         Per sample the compiled halves have the weight in the sums already: who merges them is one process.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def gradients(
         self, x: Tensor, dy: Tensor, residual: Any, units: Units, bits: Any, means: Tensor, need_x: bool, need_r: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         """Of input and residual; ``means``: merged sums, divided by the merged counts."""
-        raise NotImplementedError
 
 
 class TorchHalves(Halves):
