@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import normkit as nk
 from normkit.statistics import Batch, Ghost, PerDomain, Synchronized
+from normkit.statistics.synchronized import Stored
 from processes import spawn
 from test_synchronized import assert_near, draw
 
@@ -131,7 +132,7 @@ def test_a_frozen_layer_does_not_become_torchs_again():
 
 def test_another_group_takes_the_place_of_the_first_and_unsync_goes_back_to_the_beginning():
     net = nn.Sequential(nn.BatchNorm2d(4), nk.SyncBatchNorm(4))
-    one, two = object(), object()
+    one, two = Stored((0, 1)), Stored((0,))
     nk.sync_(net, one)
     nk.sync_(net, two)
     assert [layer.statistics.process_group for layer in net] == [two, two]

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import normkit as nk
 from normkit.statistics import Synchronized
+from normkit.statistics.synchronized import Stored
 from processes import Counted, spawn, summed
 from twins import assert_same, step
 
@@ -410,6 +411,12 @@ def test_the_policy_is_given_by_name_too():
     assert [*layer.state_dict()] == [*nn.BatchNorm1d(C).state_dict()]
 
 
+@pytest.mark.parametrize("make", [lambda: Synchronized([0, 1]), lambda: nk.sync_(nk.BatchNorm1d(C), "gloo")])
+def test_what_is_no_process_group_is_refused_at_once(make):
+    with pytest.raises(TypeError, match=r"is no process group.\n.*new_group"):
+        make()
+
+
 # nk.SyncBatchNorm
 
 
@@ -454,7 +461,7 @@ def test_sync_batch_norm_is_copied_stored_and_given_another_group():
     assert "statistics=Synchronized(required=False)" in repr(layer)
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert (other(torch.randn(8, C)) >= 0).all()
-    layer.process_group = group = object()
+    layer.process_group = group = Stored((0, 1))
     assert layer.statistics == Synchronized(group, required=False)
     assert layer.process_group is group
 

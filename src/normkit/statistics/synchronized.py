@@ -38,6 +38,7 @@ class Synchronized(Policy):
         replaces: what :func:`normkit.unsync_` goes back to; set by :func:`normkit.sync_`.
 
     Raises:
+        TypeError: something that is no process group.
         RuntimeError: in training, where there is no process group, or this process is not in it.
 
     >>> import torch, normkit as nk
@@ -54,6 +55,16 @@ class Synchronized(Policy):
     process_group: Any = None
     required: bool = True
     replaces: Any = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        group = self.process_group
+        if group is None or isinstance(group, Stored) or not dist.is_available():
+            return
+        if not isinstance(group, dist.ProcessGroup) and group != dist.GroupMember.NON_GROUP_MEMBER:
+            raise TypeError(
+                f"Synchronized: process_group={group!r} is no process group.\n  make one in every process, as "
+                "group = torch.distributed.new_group([0, 1]) for two ranks, and give each the group that it is in"
+            )
 
     def train(self, call: Application) -> Tensor:
         if self.alone():
