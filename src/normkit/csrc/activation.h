@@ -52,41 +52,47 @@ template <class V> INLINE V sigmoid(V x) { return 1 / (1 + exp(-x)); }
 
 template <class V> using Lane = std::decay_t<decltype(std::declval<V>()[0])>;
 
-// NaN survives every one of these, as in torch.
-template <class V> INLINE V activated(V z, Activation kind, V slope) {
+// The curved ones stay out of line: written into every loop, they would be most of the program.
+template <class V> __attribute__((noinline)) V curved(V z, Activation kind) {
     using N = Lane<V>;
     constexpr N half = N(0.5), root = N(0.70710678118654752440), cube = N(0.044715), steep = N(1.5957691216057308);
+    if (kind == Activation::silu) return z * sigmoid(z);
+    if (kind == Activation::gelu) return z * half * erfc(z * -root);
+    return z * sigmoid((z + z * z * z * cube) * steep);
+}
+
+template <class V> INLINE V silu_derivative(V z) {
+    const V s = sigmoid(z);
+    return s * (z * (1 - s) + 1);
+}
+template <class V> __attribute__((noinline)) V curved_derivative(V z, Activation kind) {
+    using N = Lane<V>;
+    constexpr N half = N(0.5), root = N(0.70710678118654752440), peak = N(0.39894228040143267794);
+    constexpr N cube = N(0.044715), steep = N(1.5957691216057308);
+    if (kind == Activation::silu) return silu_derivative(z);
+    if (kind == Activation::gelu) return erfc(z * -root) * half + z * exp(z * z * -half) * peak;
+    const V s = sigmoid((z + z * z * z * cube) * steep);
+    return s + z * s * (1 - s) * (z * z * (3 * cube) + 1) * steep;
+}
+
+// NaN survives every one of these, as in torch.
+template <class V> INLINE V activated(V z, Activation kind, V slope) {
     switch (kind) {
         case Activation::none: return z;
         case Activation::relu: return z < 0 ? V{} : z;
         case Activation::leaky_relu: return z > 0 ? z : z * slope;
-        case Activation::silu: return z * sigmoid(z);
-        case Activation::gelu: return z * half * erfc(z * -root);
-        case Activation::gelu_tanh: return z * sigmoid((z + z * z * z * cube) * steep);
+        default: return curved(z, kind);
     }
-    return z;
 }
 
-template <class V> INLINE V derivative(V z, Activation kind, V slope) {
-    using N = Lane<V>;
-    constexpr N half = N(0.5), root = N(0.70710678118654752440), peak = N(0.39894228040143267794);
-    constexpr N cube = N(0.044715), steep = N(1.5957691216057308);
-    const V one = V{} + 1;
+// dz = dy times the derivative at z
+template <class V> INLINE V gated(V dy, V z, Activation kind, V slope) {
     switch (kind) {
-        case Activation::none: return one;
-        case Activation::relu: return z > 0 ? one : V{};
-        case Activation::leaky_relu: return z > 0 ? one : slope;
-        case Activation::silu: {
-            const V s = sigmoid(z);
-            return s * (z * (1 - s) + 1);
-        }
-        case Activation::gelu: return erfc(z * -root) * half + z * exp(z * z * -half) * peak;
-        case Activation::gelu_tanh: {
-            const V s = sigmoid((z + z * z * z * cube) * steep);
-            return s + z * s * (1 - s) * (z * z * (3 * cube) + 1) * steep;
-        }
+        case Activation::none: return dy;
+        case Activation::relu: return z > 0 ? dy : V{};
+        case Activation::leaky_relu: return z > 0 ? dy : dy * slope;
+        default: return dy * curved_derivative(z, kind);
     }
-    return one;
 }
 
 }  // namespace normkit::NORMKIT_ISA

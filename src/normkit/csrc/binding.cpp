@@ -148,7 +148,7 @@ NB_MODULE(_native, m) {
         .def("backward", &Kernel::backward);
     m.def("settle", &settle_any);
     m.def("count", [](uintptr_t counter) { ++*pointer<int64_t>(counter); });
-    m.def("isa", [] { return std::string(kernels().name); });
+    m.def("isa", [] { return std::string(isa()); });
     m.def("stream_above", &stream_above);
     m.def("set_stream_above", &set_stream_above);
 }

@@ -16,10 +16,7 @@ namespace avx512_bf16 { extern const Kernels table; }
 
 namespace {
 
-// NORMKIT_ISA names one to use instead of the best; tests run the others this way.
-const Kernels& choose() {
-    const char* asked = std::getenv("NORMKIT_ISA");
-    const auto wanted = [asked](const Kernels& k) { return !asked || !*asked || !std::strcmp(asked, k.name); };
+bool has(const char* isa) {
 #if defined(NORMKIT_X86)
     __builtin_cpu_init();
     const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
@@ -27,23 +24,48 @@ const Kernels& choose() {
     const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                     __builtin_cpu_supports("avx512cd");
-    if (v4 && __builtin_cpu_supports("avx512bf16") && wanted(avx512_bf16::table)) return avx512_bf16::table;
-    if (v4 && wanted(avx512::table)) return avx512::table;
-    if (v3 && wanted(avx2::table)) return avx2::table;
+    if (!std::strcmp(isa, "avx2")) return v3;
+    if (!std::strcmp(isa, "avx512")) return v4;
+    if (!std::strcmp(isa, "avx512_bf16")) return v4 && __builtin_cpu_supports("avx512bf16");
 #endif
-    (void)wanted;
-    return baseline::table;
+    return !std::strcmp(isa, "baseline");
+}
+
+// From the best to the one that every machine has; the last one has kernels for every type.
+const Kernels* const kTables[] = {
+#if defined(NORMKIT_X86)
+    &avx512_bf16::table, &avx512::table, &avx2::table,
+#endif
+    &baseline::table,
+};
+
+// NORMKIT_ISA names one to use instead of the best; tests run the others this way. What this machine lacks is not asked.
+const Kernels* const* best() {
+    const char* asked = std::getenv("NORMKIT_ISA");
+    const Kernels* const* table = kTables;
+    while (table[0] != &baseline::table &&
+           (!has(table[0]->name) || (asked && *asked && std::strcmp(asked, table[0]->name))))
+        ++table;
+    return table;
+}
+
+const Kernels* const* chosen() {
+    static const Kernels* const* const table = best();
+    return table;
+}
+
+const Kernels& kernels_for(Type type) {
+    const Kernels* const* table = chosen();
+    while (!(table[0]->types >> static_cast<int>(type) & 1)) ++table;
+    return *table[0];
 }
 
 }  // namespace
 
-const Kernels& kernels() {
-    static const Kernels& chosen = choose();
-    return chosen;
-}
+const char* isa() { return chosen()[0]->name; }
 
 void forward(const Work& work, const Forward& call) {
-    const Kernels& k = kernels();
+    const Kernels& k = kernels_for(work.type);
     switch (work.shape) {
         case Shape::planes: return k.planes_forward(work, call);
         case Shape::columns: return k.columns_forward(work, call);
@@ -53,7 +75,7 @@ void forward(const Work& work, const Forward& call) {
 }
 
 void backward(const Work& work, const Backward& call) {
-    const Kernels& k = kernels();
+    const Kernels& k = kernels_for(work.type);
     switch (work.shape) {
         case Shape::planes: return k.planes_backward(work, call);
         case Shape::columns: return k.columns_backward(work, call);

@@ -100,6 +100,7 @@ template <class T> struct TileSums {
                            N* two) {
         using V = Lanes<T>;
         const V slope = all(static_cast<N>(work.slope));
+        const Activation kind = work.activation;
         V s[kRegisters]{}, q[kRegisters]{}, centre[kRegisters], a[kRegisters], b[kRegisters];
         for (int k = 0; k < kRegisters; ++k) {
             centre[k] = load(mean + j + k * width<T>, Whole{});
@@ -111,16 +112,8 @@ template <class T> struct TileSums {
                 const int64_t column = j + k * width<T>, at = row * stride + column;
                 __builtin_prefetch(x + at + rows * stride);
                 __builtin_prefetch(dy + at + rows * stride);
-                const V v = load(x + at, m);
-                V dz = load(dy + at, m);
-                if constexpr (g == Gate::bits) {
-                    dz = where(get_bits(bits + row * bit_bytes(stride), column, dz), dz);
-                } else if constexpr (g != Gate::none) {
-                    V z = v * a[k] + b[k];
-                    if constexpr (g == Gate::other || g == Gate::silu)
-                        if (r) z += load(r + at, m);
-                    dz = gated<g>(dz, z, work, slope);
-                }
+                V v, dz;
+                look<g>(kind, x, dy, r, at, bits, 8 * row * bit_bytes(stride) + column, m, a[k], b[k], slope, v, dz);
                 s[k] += dz;
                 q[k] += dz * (v - centre[k]);
             }
@@ -145,13 +138,8 @@ template <class T> struct TileSums {
     }
 
     static Leaf pick(const Work& work) {
-        switch (gate_of(work)) {
-            case Gate::none: return leaf<Gate::none>;
-            case Gate::relu: return leaf<Gate::relu>;
-            case Gate::bits: return leaf<Gate::bits>;
-            case Gate::silu: return leaf<Gate::silu>;
-            default: return leaf<Gate::other>;
-        }
+        return for_gate<T, Gate::none, Gate::relu, Gate::bits, Gate::output, Gate::silu>(
+            work, [](auto g) -> Leaf { return leaf<decltype(g)::value>; });
     }
 };
 
@@ -528,21 +516,11 @@ template <class T> class Backwards {
 }  // namespace
 
 void columns_forward(const Work& work, const Forward& call) {
-    switch (work.type) {
-        case Type::f32: return Forwards<float>(work, call).run();
-        case Type::bf16: return Forwards<bf16>(work, call).run();
-        case Type::f16: return Forwards<f16>(work, call).run();
-        case Type::f64: return Forwards<double>(work, call).run();
-    }
+    by_type(work.type, [&](auto value) { Forwards<decltype(value)>(work, call).run(); });
 }
 
 void columns_backward(const Work& work, const Backward& call) {
-    switch (work.type) {
-        case Type::f32: return Backwards<float>(work, call).run();
-        case Type::bf16: return Backwards<bf16>(work, call).run();
-        case Type::f16: return Backwards<f16>(work, call).run();
-        case Type::f64: return Backwards<double>(work, call).run();
-    }
+    by_type(work.type, [&](auto value) { Backwards<decltype(value)>(work, call).run(); });
 }
 
 }  // namespace normkit::NORMKIT_ISA

@@ -12,11 +12,9 @@
 #include <immintrin.h>
 #endif
 
+#include "isa.h"
 #include "work.h"
 
-#ifndef NORMKIT_ISA
-#define NORMKIT_ISA baseline
-#endif
 #define INLINE inline __attribute__((always_inline))
 
 namespace normkit::NORMKIT_ISA {
@@ -285,31 +283,53 @@ INLINE double total(Doubles value) {
 
 // ---- sweeps ---------------------------------------------------------------------------------------------------------
 
-// step(i, whole or part) for every register of n elements.
-template <int kWidth, class Step> INLINE void sweep(int64_t n, Step step) {
+// step(i, whole or part) for every register of n elements. `twice` writes the step down twice per turn.
+template <int kWidth, bool twice = true, class Step> INLINE void sweep(int64_t n, Step step) {
     int64_t i = 0;
-    for (; i + 2 * kWidth <= n; i += 2 * kWidth) {
-        step(i, Whole{});
-        step(i + kWidth, Whole{});
-    }
-    if (i + kWidth <= n) {
-        step(i, Whole{});
-        i += kWidth;
+    if constexpr (twice) {
+        for (; i + 2 * kWidth <= n; i += 2 * kWidth) {
+            step(i, Whole{});
+            step(i + kWidth, Whole{});
+        }
+        if (i + kWidth <= n) {
+            step(i, Whole{});
+            i += kWidth;
+        }
+    } else {
+        for (; i + kWidth <= n; i += kWidth) step(i, Whole{});
     }
     if (i < n) step(i, Part{static_cast<int>(n - i)});
 }
 
 // The same for sums: step(i, whole or part, accumulator), with four accumulators so that no addition waits for another.
-template <int kWidth, class Step> INLINE void sweep4(int64_t n, Step step) {
+template <int kWidth, bool four = true, class Step> INLINE void sweep_sums(int64_t n, Step step) {
     int64_t i = 0;
-    for (; i + 4 * kWidth <= n; i += 4 * kWidth) {
-        step(i, Whole{}, 0);
-        step(i + kWidth, Whole{}, 1);
-        step(i + 2 * kWidth, Whole{}, 2);
-        step(i + 3 * kWidth, Whole{}, 3);
-    }
+    if constexpr (four)
+        for (; i + 4 * kWidth <= n; i += 4 * kWidth) {
+            step(i, Whole{}, 0);
+            step(i + kWidth, Whole{}, 1);
+            step(i + 2 * kWidth, Whole{}, 2);
+            step(i + 3 * kWidth, Whole{}, 3);
+        }
     for (; i + kWidth <= n; i += kWidth) step(i, Whole{}, 0);
     if (i < n) step(i, Part{static_cast<int>(n - i)}, 1);
+}
+
+// ---- types ----------------------------------------------------------------------------------------------------------
+
+template <Type type> constexpr bool kHas = NORMKIT_TYPES >> static_cast<int>(type) & 1;
+
+// Calls run with a value of the type that is stored.
+template <Type type, class T, class Run> INLINE void if_there(Run run) {
+    if constexpr (kHas<type>) run(T{});
+}
+template <class Run> INLINE void by_type(Type type, Run run) {
+    switch (type) {
+        case Type::f32: return if_there<Type::f32, float>(run);
+        case Type::bf16: return if_there<Type::bf16, bf16>(run);
+        case Type::f16: return if_there<Type::f16, f16>(run);
+        case Type::f64: return if_there<Type::f64, double>(run);
+    }
 }
 
 }  // namespace normkit::NORMKIT_ISA

@@ -13,33 +13,85 @@ template <class T> INLINE Lanes<T> at(const Number<T>* values, int64_t i) { retu
 // Arrays of coefficients are padded, so that the last register may be read whole.
 constexpr int64_t kPadding = 16;
 
-enum class Epilogue { none, relu, silu, other };
-enum class Gate { none, relu, bits, silu, other };  // how the gradient before the activation is found
+// What a loop knows while it is compiled. `any` knows nothing and looks for every register; that branch always goes the
+// same way. float64 and float16 have no other loop, but for a norm with nothing behind it; a baseline that stands beside
+// better instruction sets has no other loop at all.
+enum class Epilogue { none, relu, silu, any };
+enum class Gate { none, relu, bits, output, silu, any };  // how the gradient before the activation is found
+#if defined(NORMKIT_LEAN)
+template <class T> constexpr int kEffort = 0;
+#else
+template <class T> constexpr int kEffort = std::is_same_v<T, float> || std::is_same_v<T, bf16> ? 2 : 1;
+#endif
+template <class T, auto own> constexpr bool kHasOwn = kEffort<T> >= (own == decltype(own)::none ? 1 : 2);
 
 inline Epilogue epilogue_of(const Work& work) {
-    if (work.activation == Activation::none) return Epilogue::none;
-    if (work.activation == Activation::silu) return Epilogue::silu;
-    return work.activation == Activation::relu ? Epilogue::relu : Epilogue::other;
+    switch (work.activation) {
+        case Activation::none: return Epilogue::none;
+        case Activation::relu: return Epilogue::relu;
+        case Activation::silu: return Epilogue::silu;
+        default: return Epilogue::any;
+    }
 }
 inline Gate gate_of(const Work& work) {
-    if (work.activation == Activation::none) return Gate::none;
-    if (work.activation == Activation::relu) return work.residual ? Gate::bits : Gate::relu;
-    if (work.activation == Activation::silu) return Gate::silu;
-    return Gate::other;
+    switch (work.activation) {
+        case Activation::none: return Gate::none;
+        case Activation::relu: return work.residual ? Gate::bits : Gate::relu;
+        case Activation::leaky_relu_output: return Gate::output;
+        case Activation::silu: return Gate::silu;
+        default: return Gate::any;
+    }
 }
 
-template <Epilogue e, class V> INLINE V activated(V z, const Work& work, V slope) {
+// The loop for `wanted` among those that are compiled: pick(constant) of it where it is one of `own`, or else of `any`.
+template <class E, E value> using Constant = std::integral_constant<E, value>;
+template <class T, class E, E own, class Leaf, class Pick> void take(E wanted, Leaf& found, Pick pick) {
+    if constexpr (kHasOwn<T, own>)
+        if (wanted == own) found = pick(Constant<E, own>{});
+}
+template <class T, Epilogue... own, class Pick> auto for_epilogue(const Work& work, Pick pick) {
+    auto found = pick(Constant<Epilogue, Epilogue::any>{});
+    (take<T, Epilogue, own>(epilogue_of(work), found, pick), ...);
+    return found;
+}
+template <class T, Gate... own, class Pick> auto for_gate(const Work& work, Pick pick) {
+    auto found = pick(Constant<Gate, Gate::any>{});
+    (take<T, Gate, own>(gate_of(work), found, pick), ...);
+    return found;
+}
+
+template <Epilogue e, class V> INLINE V activated(V z, Activation kind, V slope) {
     if constexpr (e == Epilogue::none) return z;
     if constexpr (e == Epilogue::relu) return activated(z, Activation::relu, slope);
-    if constexpr (e == Epilogue::silu) return activated(z, Activation::silu, slope);
-    return activated(z, work.activation, slope);
+    if constexpr (e == Epilogue::silu) return z * sigmoid(z);
+    return activated(z, kind, slope);
 }
 
-template <Gate g, class V> INLINE V gated(V dz, V z, const Work& work, V slope) {
-    if constexpr (g == Gate::relu) return z > 0 ? dz : V{};
-    if constexpr (g == Gate::silu) return dz * derivative(z, Activation::silu, slope);
-    if constexpr (g == Gate::other) return dz * derivative(z, work.activation, slope);
-    return dz;
+template <Gate g, class V> INLINE V gated(V dy, V z, Activation kind, V slope) {
+    if constexpr (g == Gate::relu) return z > 0 ? dy : V{};
+    if constexpr (g == Gate::silu) return dy * silu_derivative(z);
+    return gated(dy, z, kind, slope);
+}
+
+// v = x, and dz = dy through the activation of z = x * scale + shift + residual, for the elements from `at` on, whose bits
+// begin at `bit`.
+template <Gate g, class T, class M>
+INLINE void look(Activation kind, const T* x, const T* dy, const T* r, int64_t at, const uint8_t* bits, int64_t bit,
+                 M m, Lanes<T> scale, Lanes<T> shift, Lanes<T> slope, Lanes<T>& v, Lanes<T>& dz) {
+    v = load(x + at, m);
+    dz = load(dy + at, m);
+    if constexpr (g == Gate::none) return;
+    if (g == Gate::bits || (g == Gate::any && bits)) {
+        dz = where(get_bits(bits, bit, dz), dz);
+    } else if (g == Gate::output || (g == Gate::any && kind == Activation::leaky_relu_output)) {
+        dz = v > 0 ? dz : dz * slope;
+        v = v > 0 ? v : v * (1 / slope);
+    } else {
+        Lanes<T> z = v * scale + shift;
+        if constexpr (g == Gate::any || g == Gate::silu)
+            if (r) z += load(r + at, m);
+        dz = gated<g>(dz, z, kind, slope);
+    }
 }
 
 // y = activation(x * scale + shift + residual)
@@ -49,22 +101,24 @@ template <class T, class C> struct Apply {
     template <Epilogue e, bool residual>
     static void leaf(const Work& work, const T* x, const T* r, T* y, uint8_t* bits, int64_t n, C scale, C shift) {
         const Lanes<T> slope = all(static_cast<Number<T>>(work.slope));
-        sweep<width<T>>(n, [&](int64_t i, auto m) __attribute__((always_inline)) {
+        const Activation kind = work.activation;
+        sweep<width<T>, e != Epilogue::any>(n, [&](int64_t i, auto m) __attribute__((always_inline)) {
             Lanes<T> z = load(x + i, m) * at<T>(scale, i) + at<T>(shift, i);
-            if constexpr (residual) z += load(r + i, m);
-            if constexpr (residual && e == Epilogue::relu)
+            if constexpr (residual)
+                if (r) z += load(r + i, m);
+            if constexpr (residual && (e == Epilogue::relu || e == Epilogue::any))
                 if (bits) put_bits(bits, i, above_zero(z), z);
-            store(y + i, activated<e>(z, work, slope), m);
+            store(y + i, activated<e>(z, kind, slope), m);
         });
     }
 
     static Leaf pick(const Work& work) {
-        switch (epilogue_of(work)) {
-            case Epilogue::none: return work.residual ? leaf<Epilogue::none, true> : leaf<Epilogue::none, false>;
-            case Epilogue::relu: return work.residual ? leaf<Epilogue::relu, true> : leaf<Epilogue::relu, false>;
-            case Epilogue::silu: return work.residual ? leaf<Epilogue::silu, true> : leaf<Epilogue::silu, false>;
-            default: return work.residual ? leaf<Epilogue::other, true> : leaf<Epilogue::other, false>;
-        }
+        return for_epilogue<T, Epilogue::none, Epilogue::relu, Epilogue::silu>(work, [&](auto e) -> Leaf {
+            constexpr Epilogue own = decltype(e)::value;
+            if constexpr (own == Epilogue::none || own == Epilogue::relu)
+                if (!work.residual) return leaf<own, false>;
+            return leaf<own, true>;
+        });
     }
 };
 
@@ -80,30 +134,18 @@ template <class T, class C> struct Gradient {
     static void leaf(const Work& work, const T* x, const T* dy, const T* r, const uint8_t* bits, T* dx, T* dr,
                      int64_t n, Coefficients c) {
         const Lanes<T> slope = all(static_cast<Number<T>>(work.slope));
-        sweep<width<T>>(n, [&](int64_t i, auto m) __attribute__((always_inline)) {
-            const Lanes<T> v = load(x + i, m);
-            Lanes<T> dz = load(dy + i, m);
-            if constexpr (g == Gate::bits) {
-                dz = where(get_bits(bits, i, dz), dz);
-            } else if constexpr (g != Gate::none) {
-                Lanes<T> z = v * at<T>(c.scale, i) + at<T>(c.shift, i);
-                if constexpr (g == Gate::other || g == Gate::silu)
-                    if (r) z += load(r + i, m);
-                dz = gated<g>(dz, z, work, slope);
-            }
+        const Activation kind = work.activation;
+        sweep<width<T>, g != Gate::any>(n, [&](int64_t i, auto m) __attribute__((always_inline)) {
+            Lanes<T> v, dz;
+            look<g>(kind, x, dy, r, i, bits, i, m, at<T>(c.scale, i), at<T>(c.shift, i), slope, v, dz);
             if (dx) store(dx + i, dz * at<T>(c.p, i) + (v * at<T>(c.q, i) + at<T>(c.r, i)), m);
             if (dr) store(dr + i, dz, m);
         });
     }
 
     static Leaf pick(const Work& work) {
-        switch (gate_of(work)) {
-            case Gate::none: return leaf<Gate::none>;
-            case Gate::relu: return leaf<Gate::relu>;
-            case Gate::bits: return leaf<Gate::bits>;
-            case Gate::silu: return leaf<Gate::silu>;
-            default: return leaf<Gate::other>;
-        }
+        return for_gate<T, Gate::none, Gate::relu, Gate::bits, Gate::output, Gate::silu>(
+            work, [](auto g) -> Leaf { return leaf<decltype(g)::value>; });
     }
 };
 
@@ -116,18 +158,11 @@ template <class T> struct RunSums {
     static void leaf(const Work& work, const T* x, const T* dy, const T* r, const uint8_t* bits, int64_t n,
                      Number<T> mean, Number<T> scale, Number<T> shift, Lanes<T>* sums) {
         const Lanes<T> slope = all(static_cast<Number<T>>(work.slope));
+        const Activation kind = work.activation;
         Lanes<T> one[4]{}, two[4]{};
-        sweep4<width<T>>(n, [&](int64_t i, auto m, int k) __attribute__((always_inline)) {
-            const Lanes<T> v = load(x + i, m);
-            Lanes<T> dz = load(dy + i, m);
-            if constexpr (g == Gate::bits) {
-                dz = where(get_bits(bits, i, dz), dz);
-            } else if constexpr (g != Gate::none) {
-                Lanes<T> z = v * scale + shift;
-                if constexpr (g == Gate::other || g == Gate::silu)
-                    if (r) z += load(r + i, m);
-                dz = gated<g>(dz, z, work, slope);
-            }
+        sweep_sums<width<T>, g != Gate::any>(n, [&](int64_t i, auto m, int k) __attribute__((always_inline)) {
+            Lanes<T> v, dz;
+            look<g>(kind, x, dy, r, i, bits, i, m, all(scale), all(shift), slope, v, dz);
             one[k] += dz;
             two[k] += dz * (v - mean);
         });
@@ -136,20 +171,15 @@ template <class T> struct RunSums {
     }
 
     static Leaf pick(const Work& work) {
-        switch (gate_of(work)) {
-            case Gate::none: return leaf<Gate::none>;
-            case Gate::relu: return leaf<Gate::relu>;
-            case Gate::bits: return leaf<Gate::bits>;
-            case Gate::silu: return leaf<Gate::silu>;
-            default: return leaf<Gate::other>;
-        }
+        return for_gate<T, Gate::none, Gate::relu, Gate::bits, Gate::output, Gate::silu>(
+            work, [](auto g) -> Leaf { return leaf<decltype(g)::value>; });
     }
 };
 
 // Adds to sums: x - shift, and its square.
 template <class T> void run_moments(const T* x, int64_t n, Number<T> shift, Lanes<T>* sums) {
     Lanes<T> one[4]{}, two[4]{};
-    sweep4<width<T>>(n, [&](int64_t i, auto m, int k) __attribute__((always_inline)) {
+    sweep_sums<width<T>>(n, [&](int64_t i, auto m, int k) __attribute__((always_inline)) {
         const Lanes<T> d = only(load(x + i, m) - shift, m);
         one[k] += d;
         two[k] += d * d;
@@ -160,7 +190,7 @@ template <class T> void run_moments(const T* x, int64_t n, Number<T> shift, Lane
 
 template <class T> double run_sum(const T* x, int64_t n) {
     Lanes<T> sum[4]{};
-    sweep4<width<T>>(n, [&](int64_t i, auto m, int k) __attribute__((always_inline)) { sum[k] += load(x + i, m); });
+    sweep_sums<width<T>>(n, [&](int64_t i, auto m, int k) __attribute__((always_inline)) { sum[k] += load(x + i, m); });
     return total((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 

@@ -296,21 +296,11 @@ template <class T> class Backwards {
 }  // namespace
 
 void planes_forward(const Work& work, const Forward& call) {
-    switch (work.type) {
-        case Type::f32: return Forwards<float>(work, call).run();
-        case Type::bf16: return Forwards<bf16>(work, call).run();
-        case Type::f16: return Forwards<f16>(work, call).run();
-        case Type::f64: return Forwards<double>(work, call).run();
-    }
+    by_type(work.type, [&](auto value) { Forwards<decltype(value)>(work, call).run(); });
 }
 
 void planes_backward(const Work& work, const Backward& call) {
-    switch (work.type) {
-        case Type::f32: return Backwards<float>(work, call).run();
-        case Type::bf16: return Backwards<bf16>(work, call).run();
-        case Type::f16: return Backwards<f16>(work, call).run();
-        case Type::f64: return Backwards<double>(work, call).run();
-    }
+    by_type(work.type, [&](auto value) { Backwards<decltype(value)>(work, call).run(); });
 }
 
 }  // namespace normkit::NORMKIT_ISA

@@ -62,23 +62,26 @@ void apply(const Work& work, const T* x, const T* r, T* y, uint8_t* bits, int64_
            const Number<T>* weight, const Number<T>* bias) {
     using V = Lanes<T>;
     const V slope = all(static_cast<Number<T>>(work.slope));
-    sweep<width<T>>(n, [&](int64_t i, auto m) __attribute__((always_inline)) {
+    const Activation kind = work.activation;
+    sweep<width<T>, e != Epilogue::any>(n, [&](int64_t i, auto m) __attribute__((always_inline)) {
         V z = (load(x + i, m) - mean) * rstd;
         if (weight) z *= load(weight + i, Whole{});
         if (bias) z += load(bias + i, Whole{});
-        if constexpr (residual) z += load(r + i, m);
-        if constexpr (residual && e == Epilogue::relu)
+        if constexpr (residual)
+            if (r) z += load(r + i, m);
+        if constexpr (residual && (e == Epilogue::relu || e == Epilogue::any))
             if (bits) put_bits(bits, i, above_zero(z), z);
-        store(y + i, activated<e>(z, work, slope), m);
+        store(y + i, activated<e>(z, kind, slope), m);
     });
 }
 
 template <class T> auto pick_apply(const Work& work) {
-    switch (epilogue_of(work)) {
-        case Epilogue::none: return work.residual ? apply<T, Epilogue::none, true> : apply<T, Epilogue::none, false>;
-        case Epilogue::relu: return work.residual ? apply<T, Epilogue::relu, true> : apply<T, Epilogue::relu, false>;
-        default: return work.residual ? apply<T, Epilogue::other, true> : apply<T, Epilogue::other, false>;
-    }
+    return for_epilogue<T, Epilogue::none, Epilogue::relu, Epilogue::silu>(work, [&](auto e) {
+        constexpr Epilogue own = decltype(e)::value;
+        if constexpr (own == Epilogue::none || own == Epilogue::relu)
+            if (!work.residual) return apply<T, own, false>;
+        return apply<T, own, true>;
+    });
 }
 
 template <class T> void forwards(const Work& work, const Forward& call) {
@@ -118,38 +121,41 @@ template <class T> struct Row {
 
 // The gradient before the activation, and the standardised input.
 template <class T, Gate g, class M>
-INLINE void look(const Work& work, const Row<T>& row, int64_t i, M m, const Number<T>* weight, const Number<T>* bias,
+INLINE void look(Activation kind, const Row<T>& row, int64_t i, M m, const Number<T>* weight, const Number<T>* bias,
                  Lanes<T> slope, Lanes<T>& dz, Lanes<T>& hat) {
     hat = (load(row.x + i, m) - row.mean) * row.rstd;
     dz = load(row.dy + i, m);
-    if constexpr (g == Gate::bits) {
+    if constexpr (g == Gate::none) return;
+    if (g == Gate::bits || (g == Gate::any && row.bits)) {
         dz = where(get_bits(row.bits, i, dz), dz);
-    } else if constexpr (g != Gate::none) {
+    } else {
         Lanes<T> z = hat;
         if (weight) z *= load(weight + i, Whole{});
         if (bias) z += load(bias + i, Whole{});
-        if constexpr (g == Gate::other)
+        if constexpr (g == Gate::any || g == Gate::silu)
             if (row.residual) z += load(row.residual + i, m);
-        dz = gated<g>(dz, z, work, slope);
+        dz = gated<g>(dz, z, kind, slope);
     }
 }
 
 // Adds to dweight and dbias, and to sums[row]: w dz, and w dz times the standardised input.
 template <class T, Gate g, int kRows>
-void sum_rows(const Work& work, const Row<T>* rows, int64_t n, const Number<T>* weight, const Number<T>* bias,
+void sum_rows(const Work& work, const Row<T>* given, int64_t n, const Number<T>* weight, const Number<T>* bias,
               Number<T>* dweight, Number<T>* dbias, double (*sums)[2]) {
     using V = Lanes<T>;
     const V slope = all(static_cast<Number<T>>(work.slope));
+    const Activation kind = work.activation;
+    Row<T> rows[kRows];  // its own, which the stores below cannot change
+    for (int k = 0; k < kRows; ++k) rows[k] = given[k];
     for (int64_t start = 0; start < n; start += kStretch) {
         V one[kRows]{}, two[kRows]{};
-        sweep<width<T>>(n - start < kStretch ? n - start : kStretch, [&](int64_t j, auto m)
-                                                                         __attribute__((always_inline)) {
+        const auto add = [&](int64_t j, auto m) __attribute__((always_inline)) {
             const int64_t i = start + j;
             V w = all(Number<T>(1)), to_weight{}, to_bias{};
             if (weight) w = load(weight + i, Whole{});
             for (int k = 0; k < kRows; ++k) {
                 V dz, hat;
-                look<T, g>(work, rows[k], i, m, weight, bias, slope, dz, hat);
+                look<T, g>(kind, rows[k], i, m, weight, bias, slope, dz, hat);
                 to_bias += dz;
                 to_weight += dz * hat;
                 const V wdz = dz * w;
@@ -158,7 +164,8 @@ void sum_rows(const Work& work, const Row<T>* rows, int64_t n, const Number<T>* 
             }
             if (dweight) store(dweight + i, load(dweight + i, Whole{}) + to_weight, Whole{});
             if (dbias) store(dbias + i, load(dbias + i, Whole{}) + to_bias, Whole{});
-        });
+        };
+        sweep<width<T>, g != Gate::any>(n - start < kStretch ? n - start : kStretch, add);
         for (int k = 0; k < kRows; ++k) {
             sums[k][0] += total(one[k]);
             sums[k][1] += total(two[k]);
@@ -168,23 +175,34 @@ void sum_rows(const Work& work, const Row<T>* rows, int64_t n, const Number<T>* 
 
 // dx = rstd (w dz - a - standardised b)
 template <class T, Gate g>
-void write_row(const Work& work, const Row<T>& row, int64_t start, int64_t n, const Number<T>* weight,
+void write_row(const Work& work, const Row<T>& given, int64_t start, int64_t n, const Number<T>* weight,
                const Number<T>* bias, Number<T> a, Number<T> b, T* dx, T* dr) {
     using V = Lanes<T>;
     const V slope = all(static_cast<Number<T>>(work.slope));
-    sweep<width<T>>(n, [&](int64_t j, auto m) __attribute__((always_inline)) {
+    const Activation kind = work.activation;
+    const Row<T> row = given;
+    sweep<width<T>, g != Gate::any>(n, [&](int64_t j, auto m) __attribute__((always_inline)) {
         const int64_t i = start + j;
         V dz, hat;
-        look<T, g>(work, row, i, m, weight, bias, slope, dz, hat);
+        look<T, g>(kind, row, i, m, weight, bias, slope, dz, hat);
         if (dr) store(dr + j, dz, m);
         if (weight) dz *= load(weight + i, Whole{});
         if (dx) store(dx + j, (dz - a - hat * b) * row.rstd, m);
     });
 }
 
-template <class T, Gate gate> void backwards(const Work& work, const Backward& call) {
+template <class T> struct Leaves {
+    decltype(&sum_rows<T, Gate::any, 1>) several, one;
+    decltype(&write_row<T, Gate::any>) write;
+};
+
+template <class T> void backwards(const Work& work, const Backward& call) {
     using N = Number<T>;
     const Geometry g(work);
+    const auto leaves = for_gate<T, Gate::none, Gate::relu, Gate::bits, Gate::silu>(work, [](auto gate) {
+        constexpr Gate own = decltype(gate)::value;
+        return Leaves<T>{sum_rows<T, own, kRowsAtOnce>, sum_rows<T, own, 1>, write_row<T, own>};
+    });
     const N* weight = widened<N>(call.weight, work, g, 0);
     const N* bias = widened<N>(call.bias, work, g, 1);
     const int64_t all = g.padded * g.period;
@@ -222,10 +240,10 @@ template <class T, Gate gate> void backwards(const Work& work, const Backward& c
             const N *w = weight ? weight + turn : nullptr, *b = bias ? bias + turn : nullptr;
             N *dw = call.dweight ? in_float + turn : nullptr, *db = call.dbias ? in_float + all + turn : nullptr;
             if (count == kRowsAtOnce)
-                sum_rows<T, gate, kRowsAtOnce>(work, rows, g.length, w, b, dw, db, sums);
+                leaves.several(work, rows, g.length, w, b, dw, db, sums);
             else
                 for (int64_t k = 0; k < count; ++k)
-                    sum_rows<T, gate, 1>(work, rows + k, g.length, w, b, dw, db, sums + k);
+                    leaves.one(work, rows + k, g.length, w, b, dw, db, sums + k);
             if ((pending += count) >= kRowsInFloat * g.period) {
                 settle();
                 pending = 0;
@@ -238,7 +256,7 @@ template <class T, Gate gate> void backwards(const Work& work, const Backward& c
                     const int64_t left = g.length - i, n = left < Output<T>::kRoom ? left : Output<T>::kRoom;
                     const int64_t here = (row + k) * g.length + i;
                     T *dx = static_cast<T*>(call.dx), *dr = static_cast<T*>(call.dresidual);
-                    write_row<T, gate>(work, rows[k], i, n, w, b, mean_dz, mean_dz_x,
+                    leaves.write(work, rows[k], i, n, w, b, mean_dz, mean_dz_x,
                                        dx ? to_x.room(dx + here, n) : nullptr,
                                        dr ? to_residual.room(dr + here, n) : nullptr);
                 }
@@ -258,33 +276,14 @@ template <class T, Gate gate> void backwards(const Work& work, const Backward& c
     }
 }
 
-template <class T> void backwards(const Work& work, const Backward& call) {
-    switch (gate_of(work)) {
-        case Gate::none: return backwards<T, Gate::none>(work, call);
-        case Gate::relu: return backwards<T, Gate::relu>(work, call);
-        case Gate::bits: return backwards<T, Gate::bits>(work, call);
-        default: return backwards<T, Gate::other>(work, call);
-    }
-}
-
 }  // namespace
 
 void rows_forward(const Work& work, const Forward& call) {
-    switch (work.type) {
-        case Type::f32: return forwards<float>(work, call);
-        case Type::bf16: return forwards<bf16>(work, call);
-        case Type::f16: return forwards<f16>(work, call);
-        case Type::f64: return forwards<double>(work, call);
-    }
+    by_type(work.type, [&](auto value) { forwards<decltype(value)>(work, call); });
 }
 
 void rows_backward(const Work& work, const Backward& call) {
-    switch (work.type) {
-        case Type::f32: return backwards<float>(work, call);
-        case Type::bf16: return backwards<bf16>(work, call);
-        case Type::f16: return backwards<f16>(work, call);
-        case Type::f64: return backwards<double>(work, call);
-    }
+    by_type(work.type, [&](auto value) { backwards<decltype(value)>(work, call); });
 }
 
 }  // namespace normkit::NORMKIT_ISA

@@ -1,5 +1,6 @@
 // The kernels of one instruction set, as a table that the choice at run time can point to.
-#include "lanes.h"
+#include "isa.h"
+#include "work.h"
 
 namespace normkit::NORMKIT_ISA {
 
@@ -16,7 +17,8 @@ void tiles_backward(const Work&, const Backward&);
 #define NORMKIT_NAME(name) NORMKIT_TEXT(name)
 
 extern const Kernels table;
-const Kernels table = {NORMKIT_NAME(NORMKIT_ISA), planes_forward, planes_backward, columns_forward, columns_backward,
-                       rows_forward,              rows_backward,  tiles_forward,   tiles_backward};
+const Kernels table = {
+    NORMKIT_NAME(NORMKIT_ISA), NORMKIT_TYPES, planes_forward, planes_backward, columns_forward, columns_backward,
+    rows_forward,              rows_backward, tiles_forward,  tiles_backward};
 
 }  // namespace normkit::NORMKIT_ISA

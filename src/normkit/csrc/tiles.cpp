@@ -44,8 +44,8 @@ template <class T, class Step> INLINE void over(int64_t n, Step step) {
     if (k * width<T> < n) step(k, k * width<T>, Part{static_cast<int>(n - k * width<T>)});
 }
 
-template <class T> INLINE void statistics(const Work& work, const T* x, int64_t n, double eps, Lanes<T>* mean,
-                                          Lanes<T>* rstd) {
+template <class T>
+void statistics(const Work& work, const T* x, int64_t n, double eps, Lanes<T>* mean, Lanes<T>* rstd) {
     using N = Number<T>;
     using V = Lanes<T>;
     const N share = N(1) / static_cast<N>(work.c);
@@ -79,6 +79,7 @@ template <class T, Epilogue e, bool residual> void forwards(const Work& work, co
         const int64_t corner = sample * work.c * work.s + start;
         const T* x = static_cast<const T*>(call.x) + corner;
         const V slope = all(static_cast<N>(work.slope));
+        const Activation kind = work.activation;
         V mean[kWide], rstd[kWide];
         statistics(work, x, n, call.eps, mean, rstd);
         over<T>(n, [&](int k, int64_t at, auto m) {
@@ -90,10 +91,11 @@ template <class T, Epilogue e, bool residual> void forwards(const Work& work, co
             uint8_t* bits = call.bits ? call.bits + (sample * work.c + c) * padded_bits : nullptr;
             over<T>(n, [&](int k, int64_t at, auto m) __attribute__((always_inline)) {
                 V z = (load(x + c * work.s + at, m) - mean[k]) * rstd[k] * weight[c] + bias[c];
-                if constexpr (residual) z += load(static_cast<const T*>(call.residual) + row + at, m);
-                if constexpr (residual && e == Epilogue::relu)
+                if constexpr (residual)
+                    if (call.residual) z += load(static_cast<const T*>(call.residual) + row + at, m);
+                if constexpr (residual && (e == Epilogue::relu || e == Epilogue::any))
                     if (bits) put_bits(bits, start + at, above_zero(z), z);
-                store(static_cast<T*>(call.y) + row + at, activated<e>(z, work, slope), m);
+                store(static_cast<T*>(call.y) + row + at, activated<e>(z, kind, slope), m);
             });
         }
     });
@@ -113,6 +115,7 @@ template <class T, Gate g> void backwards(const Work& work, const Backward& call
         const T *x = static_cast<const T*>(call.x) + corner, *dy = static_cast<const T*>(call.dy) + corner;
         const T* residual = call.residual ? static_cast<const T*>(call.residual) + corner : nullptr;
         const V slope = all(static_cast<N>(work.slope));
+        const Activation kind = work.activation;
         V mean[kWide], rstd[kWide], one[kWide]{}, two[kWide]{};
         over<T>(n, [&](int k, int64_t at, auto m) {
             mean[k] = load(static_cast<const N*>(call.mean) + sample * work.s + start + at, m);
@@ -122,13 +125,14 @@ template <class T, Gate g> void backwards(const Work& work, const Backward& call
             const int64_t here = c * work.s + at;
             hat = (load(x + here, m) - mean[k]) * rstd[k];
             dz = load(dy + here, m);
-            if constexpr (g == Gate::bits) {
+            if constexpr (g == Gate::none) return;
+            if (g == Gate::bits || (g == Gate::any && call.bits)) {
                 dz = where(get_bits(call.bits + (sample * work.c + c) * padded_bits, start + at, dz), dz);
-            } else if constexpr (g != Gate::none) {
+            } else {
                 V z = hat * weight[c] + bias[c];
-                if constexpr (g == Gate::other)
+                if constexpr (g == Gate::any)
                     if (residual) z += load(residual + here, m);
-                dz = gated<g>(dz, z, work, slope);
+                dz = gated<g>(dz, z, kind, slope);
             }
         };
         for (int64_t c = 0; c < work.c; ++c) {
@@ -173,46 +177,29 @@ template <class T, Gate g> void backwards(const Work& work, const Backward& call
 }
 
 template <class T> void forwards(const Work& work, const Forward& call) {
-    switch (epilogue_of(work)) {
-        case Epilogue::none:
-            return work.residual ? forwards<T, Epilogue::none, true>(work, call)
-                                 : forwards<T, Epilogue::none, false>(work, call);
-        case Epilogue::relu:
-            return work.residual ? forwards<T, Epilogue::relu, true>(work, call)
-                                 : forwards<T, Epilogue::relu, false>(work, call);
-        default:
-            return work.residual ? forwards<T, Epilogue::other, true>(work, call)
-                                 : forwards<T, Epilogue::other, false>(work, call);
-    }
+    const auto run = for_epilogue<T, Epilogue::none, Epilogue::relu>(work, [&](auto e) {
+        constexpr Epilogue own = decltype(e)::value;
+        if constexpr (own != Epilogue::any)
+            if (!work.residual) return forwards<T, own, false>;
+        return forwards<T, own, true>;
+    });
+    run(work, call);
 }
 
 template <class T> void backwards(const Work& work, const Backward& call) {
-    switch (gate_of(work)) {
-        case Gate::none: return backwards<T, Gate::none>(work, call);
-        case Gate::relu: return backwards<T, Gate::relu>(work, call);
-        case Gate::bits: return backwards<T, Gate::bits>(work, call);
-        default: return backwards<T, Gate::other>(work, call);
-    }
+    const auto run = for_gate<T, Gate::none, Gate::relu, Gate::bits>(
+        work, [](auto g) { return backwards<T, decltype(g)::value>; });
+    run(work, call);
 }
 
 }  // namespace
 
 void tiles_forward(const Work& work, const Forward& call) {
-    switch (work.type) {
-        case Type::f32: return forwards<float>(work, call);
-        case Type::bf16: return forwards<bf16>(work, call);
-        case Type::f16: return forwards<f16>(work, call);
-        case Type::f64: return forwards<double>(work, call);
-    }
+    by_type(work.type, [&](auto value) { forwards<decltype(value)>(work, call); });
 }
 
 void tiles_backward(const Work& work, const Backward& call) {
-    switch (work.type) {
-        case Type::f32: return backwards<float>(work, call);
-        case Type::bf16: return backwards<bf16>(work, call);
-        case Type::f16: return backwards<f16>(work, call);
-        case Type::f64: return backwards<double>(work, call);
-    }
+    by_type(work.type, [&](auto value) { backwards<decltype(value)>(work, call); });
 }
 
 }  // namespace normkit::NORMKIT_ISA

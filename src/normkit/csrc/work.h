@@ -16,7 +16,9 @@ struct f16 {
 
 enum class Type : int { f32, bf16, f16, f64 };
 
-enum class Activation : int { none, relu, leaky_relu, silu, gelu, gelu_tanh };
+// The last one is for backward passes only: x is not the input of the norm but what a leaky ReLU behind it gave, and mean,
+// rstd and weight are those of the value before that ReLU.
+enum class Activation : int { none, relu, leaky_relu, silu, gelu, gelu_tanh, leaky_relu_output };
 
 // The tensor as three axes: n samples, c channels, s positions of space; or, for rows, n rows of c elements.
 enum class Shape : int {
@@ -92,6 +94,7 @@ void* scratch(int slot, size_t bytes);
 
 struct Kernels {
     const char* name;
+    int types;  // that it has, as bits in the order of Type
     void (*planes_forward)(const Work&, const Forward&);
     void (*planes_backward)(const Work&, const Backward&);
     void (*columns_forward)(const Work&, const Forward&);
@@ -102,7 +105,7 @@ struct Kernels {
     void (*tiles_backward)(const Work&, const Backward&);
 };
 
-const Kernels& kernels();  // for the machine that runs this
+const char* isa();  // the instruction set that this machine runs
 void forward(const Work& work, const Forward& call);
 void backward(const Work& work, const Backward& call);
 
