@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from bench_cases import BRIEF, EVERY_OP, name_of
-from normkit.bench import cases, cell, models, parity, peers, plan
+from normkit.bench import cases, cell, memory, models, parity, peers, plan
 from normkit.bench.allocator import peak_megabytes
 from normkit.bench.cases import CASES, Case
 from normkit.bench.cell import COPY, measure
@@ -22,6 +22,7 @@ from normkit.bench.clock import LEAST_ROUNDS, Step
 from normkit.bench.inputs import inputs
 from normkit.bench.overhead import SIZES
 from normkit.bench.run import FILE, run
+from normkit.bench.worker import carry_out
 from normkit.dispatch import BACKENDS, Backend
 from normkit.epilogue import apply
 from normkit.vocabulary.record import read_lines
@@ -218,6 +219,22 @@ def test_overhead_and_models_are_asked_for_by_name():
         assert {"tiny": size < 0.01, "1 MB": 0.95 < size < 1.05, "4 MB": 3.8 < size < 4.2}[case.reason]
     assert [task["model"] for task in plan.tasks("default", ["models"], dtypes=["float32"])] == list(models.MODELS)
     assert [task["dtype"] for task in plan.tasks("default", ["unet"])] == ["float32", "bfloat16"]
+
+
+def test_memory_is_asked_for_by_name_and_tells_bytes_errors_and_times(monkeypatch):
+    monkeypatch.setattr(memory, "SHAPE", (4, 16, 12, 12))  # large enough for a kernel
+    monkeypatch.setattr(memory, "BLOCKS", 3)
+    (task,) = plan.tasks("default", ["memory"], dtypes=["float32"])
+    assert [t["dtype"] for t in plan.tasks("default", ["memory"])] == ["float32", "bfloat16"]
+    records = {r["implementation"]: r for r in carry_out(task, replace(BRIEF, wanted=()), "cpu")}
+    assert list(records) == list(memory.VARIANTS)
+    tensor = 4 * 16 * 12 * 12 * 4 / 1e6
+    kept = {name: round(r["saved_mb"] / tensor) for name, r in records.items()}  # the rest is one number per channel
+    assert kept == {"torch": 6, "torch out of place": 8, "normkit": 5, memory.OUTPUT: 3}
+    for record in records.values():
+        assert (record["kind"], record["op"], record["shape"]) == ("memory", memory.OP, [4, 16, 12, 12])
+        assert all(0 < error < 1e-5 for error in record["gradient_error"].values())
+        assert record["rounds"] >= LEAST_ROUNDS
 
 
 # memory, and the run as a whole

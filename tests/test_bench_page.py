@@ -175,3 +175,16 @@ def test_without_a_plotting_library_the_page_says_so(monkeypatch):
     page = html.render(bench_page.document(RECORDS))
     assert "matplotlib is not installed" in page
     assert "<svg" not in page
+
+
+def test_memory_is_told_in_megabytes_and_against_torch():
+    errors = {"input": 2e-7, "parameters": 3e-7}
+    kept = {"torch": 20.0, "torch out of place": 28.0, "normkit": 19.0, 'normkit, save="output"': 10.0}
+    records = [
+        {**measured(name, 8.0, kind="memory", op="chain", shape=[8, 64]), "saved_mb": mb, "gradient_error": errors}
+        for name, mb in kept.items()
+    ]
+    told = bench_page.answer(records)
+    assert 'torch out of place +40.0 %, normkit −5.0 %, normkit, save="output" −50.0 %' in told
+    (table,) = (t for t in bench_page.tables(records) if t.caption.startswith("kept"))
+    assert table.rows[-1][3:] == ['normkit, save="output"', "10.00", "50.0 %", "2.0e-07", "3.0e-07"]

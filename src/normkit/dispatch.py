@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from normkit import epilogue, masked, reference
-from normkit.kernels import loading, native
+from normkit.kernels import loading, native, output_saved
 from normkit.kernels import phases as halves
 from normkit.layout import solve
 from normkit.vocabulary.problem import Problem
@@ -49,6 +49,8 @@ class Call:
     running_var: Tensor | None = None
     batch_statistics: bool = True
     momentum: float = 0.0
+    save_output: bool = False
+    """Keep the output for the backward pass, not the input."""
     reference: Callable[[], Tensor] | None = None
     """The exact arithmetic of a norm that pools nothing; ``None``: the pattern says it."""
     counted: Tensor | None = None
@@ -145,8 +147,10 @@ def normalize(
         return torch.where(mask, normalize(spec, x, weight, bias, by_torch=by_torch, **following, **details), 0)
     name = backend or _active
     fused = residual is not None or activation is not None
-    direct = name == "torch" or (
-        name == "auto" and (_torch_is_alone() or _torch_is_faster(spec, details.get("over"), x, fused))
+    save_output = details.get("save_output", False) and not torch.compiler.is_compiling()  # compilers choose themselves
+    direct = not save_output and (
+        name == "torch"
+        or (name == "auto" and (_torch_is_alone() or _torch_is_faster(spec, details.get("over"), x, fused)))
     )
     if residual is not None and residual.shape != x.shape:
         raise ValueError(_misfit(spec, x, residual))
@@ -157,7 +161,10 @@ def normalize(
         if _recording is not None and _recorder == threading.get_ident():
             _recording.append(call)
             raise _Recorded
-        return _choose(call, name).run(call)
+        chosen = _choose(call, name)
+        if save_output and chosen is not REFERENCE and output_saved.applies(call):
+            return output_saved.run(call, by_kernel=chosen is NATIVE)
+        return chosen.run(call)
     except (RuntimeError, ValueError, TypeError) as error:
         if type(error) not in (RuntimeError, ValueError, TypeError):
             raise  # out of memory and the like speak for themselves

@@ -82,6 +82,22 @@ def fusible(activation: Activation) -> tuple[str | None, float]:
     return "module", 0.0
 
 
+def undoing(activation: Activation) -> float:
+    """What undoes an activation: the slope of a leaky ReLU; 0 where there is none.
+
+    Raises:
+        ValueError: it cannot be undone.
+    """
+    name, slope = fusible(activation)
+    if name is None or (name == "leaky_relu" and slope > 0):
+        return slope
+    what = f"a leaky ReLU of slope {slope:g}" if name == "leaky_relu" else repr(activation)
+    raise ValueError(
+        f'save="output" finds the input of a norm again from its output, and {what} cannot be undone.\n'
+        '  choose activation="leaky_relu" with a slope above 0, no activation, or save="input"'
+    )
+
+
 def _name(activation: str) -> str:
     if activation in ACTIVATIONS:
         return activation

@@ -14,7 +14,7 @@ from normkit.bench.overhead import SIZES
 from normkit.bench.synchronized import CASES, PROCESSES
 
 Task = dict[str, Any]
-SPECIAL = ("models", "overhead", "synchronized", *MODELS)
+SPECIAL = ("memory", "models", "overhead", "synchronized", *MODELS)
 """Words of ``--op`` that are no op."""
 
 EFFORTS: dict[Level, Effort] = {
@@ -58,6 +58,8 @@ def tasks(
     if "synchronized" in special:
         cells = _cells(CASES, dtypes or ("float32",), ("contiguous",))
         found += [{**task, "processes": processes} for task in cells for processes in PROCESSES]
+    if "memory" in special:
+        found += [{"kind": "memory", "dtype": dtype} for dtype in dtypes or ("float32", "bfloat16")]
     for model in MODELS:
         if model in special or "models" in special:
             found += [{"kind": "model", "model": model, "dtype": dtype} for dtype in dtypes or ("float32", "bfloat16")]

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from normkit.bench import memory
 from normkit.bench.cell import Record
 from normkit.bench.plan import Plan, Task, case_of
 from normkit.vocabulary.record import encode_line
@@ -104,6 +105,8 @@ def _name(task: Task) -> Record:
     """What a record says about its task, for one that never came to say it."""
     if task["kind"] == "model":
         return {"kind": "model", "op": task["model"], "dtype": task["dtype"], "implementation": "torch"}
+    if task["kind"] == "memory":
+        return {"kind": "memory", "op": memory.OP, "dtype": task["dtype"], "implementation": "torch"}
     case = case_of(task)
     return {
         "kind": "overhead" if task.get("overhead") else "synchronized" if "processes" in task else "op",

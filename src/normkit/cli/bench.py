@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table as Printed
 
 import normkit
-from normkit.bench import cases, peers
+from normkit.bench import cases, memory, peers
 from normkit.bench.allocator import ALLOCATORS
 from normkit.bench.plan import EFFORTS, MODELS, SPECIAL, Plan, Task, case_of, tasks
 from normkit.bench.run import run
@@ -42,8 +42,8 @@ class Bench:
 
     op: Annotated[list[str], tyro.conf.arg(metavar="NAME"), Several] = field(default_factory=list)
     """What to time; may be repeated, * stands for anything: batch_norm+add+relu, group_norm*, overhead (the fixed cost
-    of a call), synchronized (statistics of 1 to 3 processes), resnet50, unet, transformer, models (training steps).
-    Default: every op; --list shows them."""
+    of a call), memory (what is kept for the backward pass), synchronized (statistics of 1 to 3 processes), resnet50,
+    unet, transformer, models (training steps). Default: every op; --list shows them."""
     shape: Annotated[list[str], tyro.conf.arg(metavar="N,C,..."), Several] = field(default_factory=list)
     """Only this shape, or one of your own: 32,64,56,56. May be repeated."""
     dtype: Annotated[list[str], tyro.conf.arg(metavar="TYPE"), Several] = field(default_factory=list)
@@ -97,7 +97,11 @@ def _plan(asked: Bench) -> Plan:
     for option, words, known in (
         ("dtype", asked.dtype, cases.DTYPES),
         ("layout", asked.layout, cases.LAYOUTS),
-        ("implementation", asked.implementation, list(dict.fromkeys([*peers.all_names(), *VARIANTS]))),
+        (
+            "implementation",
+            asked.implementation,
+            list(dict.fromkeys([*peers.all_names(), *VARIANTS, *memory.VARIANTS])),
+        ),
     ):
         for word in words:
             _known(option, word, known)
@@ -205,6 +209,8 @@ def _progress(plan: Plan, *, quiet: bool) -> Iterator[Callable[[str, Task], None
 def _words(task: Task) -> str:
     if task["kind"] == "model":
         return f"{MODELS[task['model']].told}, {task['dtype']}"
+    if task["kind"] == "memory":
+        return f"{memory.OP} {task['dtype']}"
     case = case_of(task)
     processes = f", {task['processes']} processes" if "processes" in task else ""
     return f"{case.op} {'x'.join(map(str, case.shape))} {task['dtype']} {task['layout'].replace('_', ' ')}{processes}"
@@ -216,6 +222,8 @@ def _show_plan(plan: Plan, asked: Bench) -> None:
     for task in plan.tasks:
         if task["kind"] == "model":
             rows.append([task["model"], "", task["dtype"], "", MODELS[task["model"]].told])
+        elif task["kind"] == "memory":
+            rows.append([memory.OP, ",".join(map(str, memory.SHAPE)), task["dtype"], "contiguous", memory.REASON])
         else:
             case = case_of(task)
             shape = ",".join(map(str, case.shape))

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 SHAPES = {"planes": 0, "columns": 1, "rows": 2, "tiles": 3}
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 ACTIVATIONS = {None: 0, "relu": 1, "leaky_relu": 2, "silu": 3, "gelu": 4, "gelu_tanh": 5}
+LEAKY_RELU_OUTPUT = 6
+"""For a backward pass from the output of a leaky ReLU."""
 
 
 @dataclass(slots=True)

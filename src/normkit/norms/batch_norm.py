@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from normkit.epilogue import Activation
+from normkit.epilogue import Activation, undoing
 from normkit.norm import Norm, traced_as_call
 from normkit.statistics.application import Application, normalise, refuse_misfit, train
 from normkit.statistics.batch import PLAIN
@@ -105,6 +105,7 @@ class _BatchNorm(Norm, RunningStatistics):
     """Forward and options of batch norm; the classes below add torch's class of each dimension."""
 
     statistics: Policy
+    save: str = "input"
 
     def forward(
         self,
@@ -128,7 +129,9 @@ class _BatchNorm(Norm, RunningStatistics):
         self._check_input_dim(input)
         if self.statistics != PLAIN or mask is not None or lengths is not None or step is not None:
             return self._by_policy(input, residual, mask, lengths, step)
-        details = {"residual": residual, "activation": self.activation, "backend": self.backend}
+        details: dict[str, Any] = {"residual": residual, "activation": self.activation, "backend": self.backend}
+        if self.save == "output":
+            details["save_output"] = True
         learning = self.training and not self.frozen
         if learning and (kept := self.kept()) is not None:
             return train(SPEC, input, kept, self.weight, self.bias, self.eps, **details)
@@ -162,6 +165,18 @@ class _BatchNorm(Norm, RunningStatistics):
         self.statistics.check(self)
         self._add_state()
 
+    def _set_save(self, save: str) -> None:
+        if save not in ("input", "output"):
+            raise ValueError(f'save={save!r} is neither "input" nor "output"; it names what the backward pass keeps')
+        if save == "output":
+            undoing(self.activation)
+            if self.statistics != PLAIN:
+                raise ValueError(
+                    f'save="output" is for the statistics of the mini-batch, and not for {self.statistics!r}.\n'
+                    '  leave statistics= out, or choose save="input"'
+                )
+        self.save = save
+
     def _add_state(self) -> None:
         """The further buffers of the policy, once the number of channels is known."""
         if self.num_features and (state := self.statistics.state(self)) is not None:
@@ -179,6 +194,7 @@ class _BatchNorm(Norm, RunningStatistics):
         own = [] if self.statistics == PLAIN else [f"statistics={self.statistics!r}"]
         own += ["frozen=True"] if self.frozen else []
         own += ["low_precision_buffers=True"] if self.low_precision_buffers else []
+        own += ["save='output'"] if self.save == "output" else []
         return [*super()._extra_options(), *own]
 
 
@@ -200,12 +216,14 @@ class _Sized(_BatchNorm):
         backend: str | None = None,
         low_precision_buffers: bool = False,
         statistics: Policy | str | None = None,
+        save: str = "input",
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         self._set_bias(bias)
         self._set_statistics(low_precision_buffers)
         self._set_policy(statistics)
         self._set_options(activation, backend)
+        self._set_save(save)
 
 
 class _Lazy(LazyFeatures, _BatchNorm):
@@ -230,12 +248,14 @@ class _Lazy(LazyFeatures, _BatchNorm):
         backend: str | None = None,
         low_precision_buffers: bool = False,
         statistics: Policy | str | None = None,
+        save: str = "input",
     ) -> None:
         super().__init__(eps, momentum, affine, track_running_stats, device, dtype)
         self._set_bias(bias)
         self._set_statistics(low_precision_buffers)
         self._set_policy(statistics)
         self._set_options(activation, backend)
+        self._set_save(save)
 
 
 class BatchNorm2d(_Sized, nn.BatchNorm2d, spec=SPEC, dim=2):
@@ -260,6 +280,12 @@ class BatchNorm2d(_Sized, nn.BatchNorm2d, spec=SPEC, dim=2):
         low_precision_buffers: let ``.half()`` and ``.bfloat16()`` cast the running statistics, as torch does.
         statistics: which statistics normalise, and what enters the running ones: a policy of
             :mod:`normkit.statistics` or its name (``"ghost:16"``); ``None`` is the mini-batch's.
+        save: what training keeps for the backward pass: the ``"input"``, or the ``"output"``, from which the input is
+            found again (arXiv:1712.02616). A convolution behind the layer keeps that output anyway, so a chain of
+            convolution, norm and activation keeps half as much. For no activation or a leaky ReLU, and without
+            ``residual``; the output must not be overwritten before the backward pass; gradients cannot be
+            differentiated again. Rounding the output adds |bias / weight| of its last digits to the error of the input:
+            docs/kernels.md has measurements. With a mask, or under ``torch.compile``, it is as ``"input"``.
 
     Shapes: input, ``residual`` and output (n, c, h, w). ``forward(input, *, residual=None, mask=None, lengths=None,
     step=None)``: the mask (True: keep) or the lengths of padded samples; the step with ``statistics=PerStep(...)``.
