@@ -26,7 +26,7 @@ def observe(model: nn.Module, x: Tensor, *modes: bool) -> dict[str, Tensor]:
         y.backward(torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype))
         seen |= {f"{step} output": y.detach(), f"{step} gradient of the input": leaf.grad}
         seen |= {f"{step} gradient of {n}": p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-        seen |= {f"{step} {n}": b.clone() for n, b in model.named_buffers() if "skipped" not in n}
+        seen |= {f"{step} {n}": b.clone() for n, b in model.named_buffers() if n in model.state_dict()}
     return seen
 
 
