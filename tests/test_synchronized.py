@@ -112,6 +112,7 @@ def in_each_process(rank: int) -> None:
     under_autocast(rank)
     not_finite(rank)
     in_evaluation_nothing_is_sent(rank)
+    the_drop_in_and_a_fused_forward(rank)
     groups_are_copied_and_not_stored(rank, groups[1][0])
 
 
@@ -280,6 +281,20 @@ def in_evaluation_nothing_is_sent(rank: int) -> None:
     nk.freeze_(frozen)
     for _ in range(rank):
         frozen(draw(4, C, seed=18, dtype=torch.float32))
+
+
+def the_drop_in_and_a_fused_forward(rank: int) -> None:
+    """torch's layer refuses a CPU; a layer whose activation accelerate_ has taken in is synchronised as before."""
+    sizes = [4, 0, 7]
+    x = draw(11, C, 6, seed=20, dtype=torch.float32)
+    mine = x.split(sizes)[rank]
+    with pytest.raises(ValueError, match="on GPU"):
+        nn.SyncBatchNorm(C)(mine)
+    fused = nn.Sequential(nn.BatchNorm1d(C), nn.ReLU())
+    nk.sync_(fused)
+    assert "forward fused" in nk.accelerate_(fused).verdict
+    for layer in (nk.SyncBatchNorm(C, activation="relu"), fused):
+        assert_near(layer(mine), nk.BatchNorm1d(C)(x).relu().split(sizes)[rank], 1e-5, type(layer).__name__)
 
 
 def groups_are_copied_and_not_stored(rank: int, group: Any) -> None:
