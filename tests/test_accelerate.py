@@ -63,10 +63,10 @@ def test_an_optimizer_made_before_trains_the_model():
 
 
 def test_an_embedding_that_is_sometimes_given_is_never_lost():
-    block, other = (UNetBlock(4, 4) for _ in range(2))
+    block, other = (UNetBlock(8, 8) for _ in range(2))  # two channels per group: one alone would lose the embedding
     other.load_state_dict(block.state_dict())
     nk.accelerate_(block)  # the trace has emb=None
-    x, emb = torch.randn(2, 4, 6, 6) * 3 + 1, torch.rand(2, 6)
+    x, emb = torch.randn(2, 8, 6, 6) * 3 + 1, torch.rand(2, 6)
     assert torch.allclose(block(x), other(x), rtol=1e-5, atol=1e-5)
     assert torch.allclose(block(x, emb), other(x, emb), rtol=1e-5, atol=1e-5)
     assert torch.allclose(block(x, emb=emb), other(x, emb=emb), rtol=1e-5, atol=1e-5)
