@@ -71,12 +71,11 @@ class Moments:
         return total
 
     def together(self) -> Moments:
-        """The moments of all entries of the first axis together: (n, c) -> (c,)."""
-        count = self.count.expand(self.mean.shape)
+        """The moments of all entries of the first axis together: (n, c) -> (c,), in float64."""
+        count, wide = self.count.expand(self.mean.shape), self.mean.double()
         total = count.sum(0)
-        number = self.mean.dtype
-        mean = ((count / total.clamp(min=1)).to(number) * self.mean).sum(0)
-        m2 = (self.m2 + count.to(number) * (self.mean - mean).square()).sum(0)
+        mean = (count * wide).sum(0) / total.clamp(min=1)
+        m2 = (self.m2 + count * (wide - mean).square()).sum(0)
         return Moments(total, mean, m2)
 
     def exchange(self, process_group: dist.ProcessGroup | None = None) -> Moments:

@@ -57,7 +57,7 @@ class MovingAverage(Policy):
 
     The paper's momentum is 0.02. The windows are in the ``state_dict``, so that a run goes on as if it had not stopped.
     Of micro-batches that are one update (:func:`normkit.accumulate_statistics`) the last one stands in the windows. A
-    plain checkpoint evaluates as it did; training from it no longer subtracts its mean, which the network has to unlearn.
+    plain checkpoint evaluates as it did; training from it subtracts no mean any more, which the network has to unlearn.
 
     When not to use it: with batches of 16 and more, where plain batch norm is as good and cheaper; with a loss scale
     that changes (float16), as gradients of several scales then meet in one window; with several forward passes before
