@@ -99,6 +99,7 @@ def test_what_is_left_alone_is_named_with_its_reason():
         {
             "ghost": nk.BatchNorm2d(4, statistics=Ghost(4)),
             "own": Subclass(4),
+            "output": nk.BatchNorm2d(4, save="output"),
             "lazy": nn.LazyBatchNorm2d(),
             "left": nn.BatchNorm2d(4),
             "instance": nn.InstanceNorm2d(4, track_running_stats=True),
@@ -112,7 +113,8 @@ def test_what_is_left_alone_is_named_with_its_reason():
         "mine": "it is synchronised already",
     }
     refused = {row.module: row.reason for row in certificate.refused}
-    assert set(refused) == {"ghost", "own", "lazy"}
+    assert set(refused) == {"ghost", "own", "lazy", "output"}
+    assert "save='output' is for the statistics of the mini-batch" in refused["output"]
     assert "statistics=Ghost(size=4) were chosen for it" in refused["ghost"]
     assert "is a subclass of BatchNorm2d" in refused["own"]
     assert "run one batch" in refused["lazy"]

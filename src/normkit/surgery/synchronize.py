@@ -112,6 +112,8 @@ def plan(model: nn.Module, process_group: Any = None, *, filter_fn: Filter | Non
             else:
                 policy = Synchronized(process_group, old.required, old.replaces or old)
                 intended.add(prescription, SetPolicy(module, policy))
+        elif module.save == "output":
+            intended.refuse(name, "save='output' is for the statistics of the mini-batch; build it with save='input'")
         elif isinstance(module.statistics, Batch):
             intended.add(prescription, SetPolicy(module, Synchronized(process_group, replaces=module.statistics)))
         else:
