@@ -225,3 +225,11 @@ def exchanged_as_the_whole(rank, ranks, group, sizes, offset, masked) -> None:
 def test_processes_with_unequal_and_empty_shares_end_with_the_moments_of_the_whole(tmp_path):
     """Three processes, and two of them as a group of their own."""
     torch.multiprocessing.spawn(one_rank, args=(str(tmp_path / "store"),), nprocs=RANKS)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+def test_far_from_zero_the_mean_is_rounded_once_and_not_with_every_addition(masked):
+    x = torch.randn(50, 999) + 1e4
+    moments = Moments.measure(x, (1,), torch.ones_like(x, dtype=torch.bool) if masked else None)
+    last_bit = 2.0**-10  # of float32 at 1e4
+    assert (moments.mean.double() - x.double().mean(1)).abs().max().item() <= 0.51 * last_bit

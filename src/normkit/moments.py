@@ -41,12 +41,15 @@ class Moments:
                 empty = x.sum(axes)
                 return cls(count, empty, empty)
             mean = x.mean(axes, keepdim=True)
+            mean = mean + (x - mean).mean(axes, keepdim=True)  # what the sum lost to rounding, far from 0
             m2 = (x - mean).square().sum(axes)
             return cls(count, _drop(mean, axes), m2)
         keep = mask.expand_as(x)
         count = keep.sum(axes, keepdim=True, dtype=torch.float64)
         x = torch.where(keep, x, 0)
-        mean = x.sum(axes, keepdim=True) / count.clamp(min=1).to(x.dtype)
+        number = count.clamp(min=1).to(x.dtype)
+        mean = x.sum(axes, keepdim=True) / number
+        mean = mean + torch.where(keep, x - mean, 0).sum(axes, keepdim=True) / number
         m2 = torch.where(keep, x - mean, 0).square().sum(axes)
         return cls(_drop(count, axes), _drop(mean, axes), m2)
 
