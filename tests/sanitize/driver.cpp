@@ -64,6 +64,36 @@ void expect(double got, double wanted, double scale, const char* what, const Wor
     std::exit(1);
 }
 
+// The backward pass from the output of a leaky ReLU gives what that from the input gives.
+void compare_with_output_saved(const Work& w, const Forward& f, const Backward& b) {
+    const int64_t elements = w.elements();
+    Buffer mean(w.type, w.c), rstd(w.type, w.c), weight(w.type, w.c), dx(w.type, elements), dweight(w.type, w.c);
+    const auto number = [&](const void* from, int64_t i) {
+        return w.type == Type::f64 ? static_cast<const double*>(from)[i] : static_cast<const float*>(from)[i];
+    };
+    for (int64_t c = 0; c < w.c; ++c) {
+        const double own = number(f.weight, c);
+        mean.set(c, number(f.bias, c)), rstd.set(c, 1 / own), weight.set(c, own * own * number(f.rstd, c));
+    }
+    Work from_output = w;
+    from_output.activation = Activation::leaky_relu_output;
+    Backward call = b;
+    call.x = f.y, call.weight = weight.bytes.get(), call.bias = nullptr;
+    call.mean = mean.bytes.get(), call.rstd = rstd.bytes.get();
+    call.dx = dx.bytes.get(), call.dweight = dweight.bytes.get(), call.dbias = nullptr;
+    backward(from_output, call);
+    // Rounding y costs |bias / weight| of its last digits beside those of every number.
+    for (int64_t c = 0; c < w.c; ++c) {
+        const double worse = 10 * (1 + std::fabs(number(f.bias, c) / number(f.weight, c)));
+        expect(dweight.get(c), number(b.dweight, c), worse * (1 + std::fabs(number(b.dweight, c))), "weight, y", w);
+    }
+    for (int64_t i = 0; i < elements; ++i) {
+        const int64_t c = place(w, i).channel;
+        const double worse = 10 * (1 + std::fabs(number(f.bias, c) / number(f.weight, c)));
+        expect(dx.get(i), number(b.dx, i), worse * std::fabs(number(f.rstd, c) * number(f.weight, c)), "input, y", w);
+    }
+}
+
 void run(const Work& w, int threads, bool stream) {
     const int64_t elements = w.elements(), statistics = w.statistics();
     const int64_t channels = w.shape == Shape::rows && w.groups > 1 ? w.c * w.groups : w.c;
@@ -130,36 +160,6 @@ void run(const Work& w, int threads, bool stream) {
         const double shared = w.batch ? (w.center ? a[u] / count[u] : 0) + hat * c[u] / count[u] : 0;
         expect(dx.get(i), (own - shared) * square[u], 10 * square[u], "gradient of input", w);
         if (w.residual && w.activation != Activation::none) expect(dr.get(i), dz[i], 1, "gradient of residual", w);
-    }
-}
-
-// The backward pass from the output of a leaky ReLU gives what that from the input gives.
-void compare_with_output_saved(const Work& w, const Forward& f, const Backward& b) {
-    const int64_t elements = w.elements();
-    Buffer mean(w.type, w.c), rstd(w.type, w.c), weight(w.type, w.c), dx(w.type, elements), dweight(w.type, w.c);
-    const auto number = [&](const void* from, int64_t i) {
-        return w.type == Type::f64 ? static_cast<const double*>(from)[i] : static_cast<const float*>(from)[i];
-    };
-    for (int64_t c = 0; c < w.c; ++c) {
-        const double own = number(f.weight, c);
-        mean.set(c, number(f.bias, c)), rstd.set(c, 1 / own), weight.set(c, own * own * number(f.rstd, c));
-    }
-    Work from_output = w;
-    from_output.activation = Activation::leaky_relu_output;
-    Backward call = b;
-    call.x = f.y, call.weight = weight.bytes.get(), call.bias = nullptr;
-    call.mean = mean.bytes.get(), call.rstd = rstd.bytes.get();
-    call.dx = dx.bytes.get(), call.dweight = dweight.bytes.get(), call.dbias = nullptr;
-    backward(from_output, call);
-    // Rounding y costs |bias / weight| of its last digits beside those of every number.
-    for (int64_t c = 0; c < w.c; ++c) {
-        const double worse = 10 * (1 + std::fabs(number(f.bias, c) / number(f.weight, c)));
-        expect(dweight.get(c), number(b.dweight, c), worse * (1 + std::fabs(number(b.dweight, c))), "weight, y", w);
-    }
-    for (int64_t i = 0; i < elements; ++i) {
-        const int64_t c = place(w, i).channel;
-        const double worse = 10 * (1 + std::fabs(number(f.bias, c) / number(f.weight, c)));
-        expect(dx.get(i), number(b.dx, i), worse * std::fabs(number(f.rstd, c) * number(f.weight, c)), "input, y", w);
     }
 }
 
