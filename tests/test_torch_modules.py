@@ -132,7 +132,7 @@ def test_factory_kwargs_leave_running_statistics_wide(entry, twin, whose, dtype)
         assert all(parameter.dtype == dtype for parameter in module.parameters())
         for name, buffer in module.named_buffers():
             wanted = torch.float32 if whose == "ours" else dtype
-            assert buffer.dtype == (torch.int64 if name.startswith("num_batches") else wanted)
+            assert buffer.dtype == (torch.int64 if name.startswith("num_") else wanted)
 
 
 @each_class
