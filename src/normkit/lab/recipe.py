@@ -31,7 +31,7 @@ class Budget:
 
 BUDGETS = {
     "quick": Budget("quick", rates=7, search_seeds=1, seeds=3),
-    "default": Budget("default", rates=9, search_seeds=3, seeds=10),
+    "default": Budget("default", rates=9, search_seeds=2, seeds=10),
     "thorough": Budget("thorough", rates=9, search_seeds=5, seeds=30),
 }
 

@@ -56,7 +56,7 @@ def _digits(
         target=TARGET,
         rates=SGD_RATES,
         steps=steps,
-        quick_steps=steps // 2,
+        quick_steps=2 * steps // 5,
         eval_every=steps // 400,
         batch_size=60,
         initial=weights,
