@@ -189,7 +189,8 @@ def cost_of_a_call(root: Path) -> str:
     if not file.exists():
         return UNMEASURED
     made, *records = read_lines(file)
-    taken = [r for r in records if r.get("implementation") == "normkit:torch" and r.get("state") == "measured"]
+    own = [r for r in records if r.get("implementation") in ("normkit", "normkit:torch")]
+    taken = [r for r in own if r.get("backend") == "torch" and r.get("state") == "measured"]
     taken = [r for r in taken if r["allocator"] == "default"]
     rows = []
     for op in dict.fromkeys(r["op"] for r in taken):

@@ -103,7 +103,8 @@ class Backend:
 
 
 def _run_torch(call: Call) -> Tensor:
-    return epilogue.apply(call.by_torch(), call.residual, call.activation)
+    y = call.by_torch()
+    return epilogue.apply(y, call.residual, call.activation, fresh=_is_fresh(call.spec) and call.counted is None)
 
 
 TORCH = Backend("torch", lambda call: [], _run_torch)
@@ -156,7 +157,8 @@ def normalize(
         raise ValueError(_misfit(spec, x, residual))
     try:
         if direct and _recording is None:  # nobody else has a say: skip the bookkeeping, which small tensors would feel
-            return epilogue.apply(by_torch(), residual, activation)
+            fresh = fused and _is_fresh(spec) and "counted" not in details
+            return epilogue.apply(by_torch(), residual, activation, fresh=fresh)
         call = Call(spec, x, weight, bias, by_torch, residual=residual, activation=activation, **details)
         if _recording is not None and _recorder == threading.get_ident():
             _recording.append(call)
@@ -205,6 +207,14 @@ def count(counter: Tensor) -> None:
 def may_be_read(number: Tensor) -> bool:
     """Whether Python may look at a number now: it is on the CPU, and nobody records or transforms the operators."""
     return number.is_cpu and not halves.watched()
+
+
+def _is_fresh(spec: Spec) -> bool:
+    """Whether what torch's operator gave may be written over.
+
+    No backward pass of a norm that pools needs its output. A transform or a compiler wants to see plain operators.
+    """
+    return spec.over is not None and not halves.watched()
 
 
 def _torch_is_alone() -> bool:

@@ -9,6 +9,7 @@ import difflib
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -49,12 +50,19 @@ def activation_module(activation: Activation | type[nn.Module]) -> nn.Module | N
     )
 
 
-def apply(y: Tensor, residual: Tensor | None, activation: Activation) -> Tensor:
-    """``activation(y + residual)``, each step only where asked for."""
+def apply(y: Tensor, residual: Tensor | None, activation: Activation, *, fresh: bool = False) -> Tensor:
+    """``activation(y + residual)``, each step only where asked for.
+
+    ``fresh``: nobody else holds ``y`` or needs it for a backward pass, so the sum and a ReLU may be written over it, as
+    people do who write the steps by hand.
+    """
     if residual is not None:
-        y = y + residual
+        plain = type(residual) in (Tensor, nn.Parameter) and residual.dtype == y.dtype
+        y = y.add_(residual) if fresh and plain else y + residual
     if activation is None:
         return y
+    if fresh and fusible(activation)[0] == "relu":
+        return torch.relu_(y)
     if isinstance(activation, str):
         return _FUNCTIONS[_name(activation)](y)
     return activation(y)

@@ -127,7 +127,9 @@ class _BatchNorm(Norm, RunningStatistics):
             step: of a recurrent network, with ``statistics=PerStep(...)``.
         """
         self._check_input_dim(input)
-        if self.statistics != PLAIN or mask is not None or lengths is not None or step is not None:
+        policy = self.statistics
+        plain = policy is PLAIN or policy == PLAIN  # a copy of a layer has a copy of its policy
+        if not plain or mask is not None or lengths is not None or step is not None:
             return self._by_policy(input, residual, mask, lengths, step)
         details: dict[str, Any] = {"residual": residual, "activation": self.activation, "backend": self.backend}
         if self.save == "output":
