@@ -52,6 +52,7 @@ def timed(reason: str, extra: float, speedup: float, **changes: object) -> dict[
     record = {"kind": "overhead", "op": "layer_norm", "reason": reason, "implementation": "normkit:torch"}
     return {
         **record,
+        "backend": "torch",
         "state": "measured",
         "allocator": "default",
         "quiet": True,
