@@ -54,7 +54,7 @@ def speedups(runs: Sequence[Iterable[Record]], allocator: str, against: str = "t
             if r.get("kind") != "op" or r.get("state") != "measured" or r.get("allocator") != allocator:
                 continue
             cell = (r["op"], r["dtype"], r["layout"], tuple(r["shape"]))
-            ratio = 1.0 if r["implementation"] == "torch" else r["step"].get("speedup", {}).get("value")
+            ratio = 1.0 if r["implementation"] == "torch" else (r.get("step") or {}).get("speedup", {}).get("value")
             if ratio:
                 own.setdefault(cell, {})[r["implementation"]] = ratio
         for cell, ratios in own.items():
