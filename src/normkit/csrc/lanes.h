@@ -93,6 +93,31 @@ template <> INLINE Halves raw<Halves, bf16>(const bf16* from, Part part) {
 template <> INLINE Halves raw<Halves, f16>(const f16* from, Part part) {
     return (Halves)_mm256_maskz_loadu_epi16(lanes16(part), from);
 }
+#elif defined(__AVX2__)
+// A copy of a length that is known only at run time is a call; these few instructions are not.
+INLINE Ints leading(int count) {
+    Ints lane;
+    for (int i = 0; i < kFloats; ++i) lane[i] = i;
+    return lane < Ints{} + count;
+}
+template <> INLINE Floats raw<Floats, float>(const float* from, Part part) {
+    return (Floats)_mm256_maskload_ps(from, (__m256i)leading(part.count));
+}
+INLINE Halves halves(const void* memory, int n) {
+    const char* from = static_cast<const char*>(memory);
+    uint64_t low = 0, rest = 0;
+    if (n & 4) std::memcpy(&low, from, 8), from += 8;
+    if (n & 2) std::memcpy(&rest, from, 4), from += 4;
+    if (n & 1) {
+        uint16_t one;
+        std::memcpy(&one, from, 2);
+        rest |= static_cast<uint64_t>(one) << (n & 2 ? 32 : 0);
+    }
+    return (Halves)(n & 4 ? _mm_set_epi64x(static_cast<int64_t>(rest), static_cast<int64_t>(low))
+                          : _mm_set_epi64x(0, static_cast<int64_t>(rest)));
+}
+template <> INLINE Halves raw<Halves, bf16>(const bf16* from, Part part) { return halves(from, part.count); }
+template <> INLINE Halves raw<Halves, f16>(const f16* from, Part part) { return halves(from, part.count); }
 #endif
 
 INLINE Floats widen(bf16, Halves bits) {
@@ -195,6 +220,32 @@ template <class V, class T> INLINE void put(T* to, V value, Part part) {
 INLINE void put(float* to, Floats value, Part part) { _mm512_mask_storeu_ps(to, lanes16(part), (__m512)value); }
 INLINE void put(bf16* to, Halves value, Part part) { _mm256_mask_storeu_epi16(to, lanes16(part), (__m256i)value); }
 INLINE void put(f16* to, Halves value, Part part) { _mm256_mask_storeu_epi16(to, lanes16(part), (__m256i)value); }
+#elif defined(__AVX2__)
+INLINE void put(float* to, Floats value, Part part) {  // masked stores are slow where loads are not
+    __m128 rest = _mm256_castps256_ps128((__m256)value);
+    if (part.count & 4) {
+        _mm_storeu_ps(to, rest), to += 4;
+        rest = _mm256_extractf128_ps((__m256)value, 1);
+    }
+    if (part.count & 2) {
+        _mm_storel_pi(reinterpret_cast<__m64*>(to), rest), to += 2;
+        rest = _mm_movehl_ps(rest, rest);
+    }
+    if (part.count & 1) _mm_store_ss(to, rest);
+}
+INLINE void put_halves(void* memory, Halves value, int n) {
+    char* to = static_cast<char*>(memory);
+    __m128i rest = (__m128i)value;
+    if (n & 4) {
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(to), rest), to += 8;
+        rest = _mm_unpackhi_epi64(rest, rest);
+    }
+    uint64_t bits = static_cast<uint64_t>(_mm_cvtsi128_si64(rest));
+    if (n & 2) std::memcpy(to, &bits, 4), to += 4, bits >>= 32;
+    if (n & 1) std::memcpy(to, &bits, 2);
+}
+INLINE void put(bf16* to, Halves value, Part part) { put_halves(to, value, part.count); }
+INLINE void put(f16* to, Halves value, Part part) { put_halves(to, value, part.count); }
 #endif
 
 template <class M> INLINE void store(float* to, Floats value, M m) { put(to, value, m); }
@@ -208,6 +259,8 @@ template <class V> INLINE V only(V value, Whole) { return value; }
 INLINE Floats only(Floats value, Part part) {
 #if defined(__AVX512F__)
     return (Floats)_mm512_maskz_mov_ps(lanes16(part), (__m512)value);
+#elif defined(__AVX2__)
+    return (Floats)((Ints)value & leading(part.count));
 #else
     for (int i = part.count; i < kFloats; ++i) value[i] = 0;
     return value;
