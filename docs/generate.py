@@ -212,19 +212,29 @@ def speed(root: Path) -> str:
     runs = [read_lines(file) for file in files]
     made = runs[0][0]
     parts = []
-    if (root / SPEEDS / "picture.svg").exists():
-        parts.append(f"![Times as fast as torch, by op, type and layout]({SPEEDS}/picture.svg)")
+    for picture in sorted((root / SPEEDS).glob("*/picture.svg")):
+        where = SPEEDS / picture.parent.name
+        parts.append(f"![Times as fast as torch, by type and layout: {picture.parent.name}]({where}/picture.svg)")
     for allocator, words in (("default", "as the C library is by default"), ("pinned", "`nk.tune_allocator()`")):
         found = bench_summary.table(runs, allocator)
         parts += [f"Memory {words}:", table(found.header, found.rows)]
-    times = "one run" if len(runs) == 1 else f"the median of {len(runs)} runs"
+    repeats = bench_summary.repeats(runs, "default")
+    times = "one run each" if repeats == 1 else f"medians of {repeats} runs"
     parts.append(
         "Forward and backward, times as fast as torch's own layer with in-place addition and ReLU: geometric mean over "
         f"shapes (least to greatest), {times}. {made['processor']}, {made['threads of torch']} threads, instruction "
-        f"set {made['compiled kernels'].split(',')[0]}, torch {made['torch']}: `{made['command']}`. Every shape, and "
-        f"torch.compile beside it: [{SPEEDS}]({SPEEDS})."
+        f"set {made['compiled kernels'].split(',')[0]}, torch {made['torch']}. Every shape: {_links(files)}."
     )
     return "\n\n".join(parts)
+
+
+def _links(files: list[Path]) -> str:
+    """The pages of the runs, each with the command that makes it again."""
+    told = []
+    for file in files:
+        where, command = SPEEDS / file.parent.name, read_lines(file)[0]["command"]
+        told.append(f"[{file.parent.name}]({where}/report.md), `{command}`")
+    return "; ".join(told)
 
 
 def measured_passes(root: Path) -> str:
@@ -235,7 +245,7 @@ def measured_passes(root: Path) -> str:
     found = bench_summary.passes(runs, "pinned")
     return (
         f"{table(found.header, found.rows)}\n\nfloat32, contiguous, tensors of {bench_summary.LARGE:g} MB and more, "
-        f"pinned allocator; medians over shapes and runs. {runs[0][0]['processor']}: `{runs[0][0]['command']}`."
+        f"pinned allocator; medians over shapes and runs. {runs[0][0]['processor']}; the README names the runs."
     )
 
 

@@ -47,6 +47,15 @@ def table(runs: Sequence[Sequence[Record]], allocator: str, *, against: str = "t
 
 def speedups(runs: Sequence[Iterable[Record]], allocator: str, against: str = "torch") -> dict[Cell, float]:
     """By op, type, layout and shape: the median over the runs of how many times normkit is as fast, both passes."""
+    return {cell: statistics.median(values) for cell, values in _by_cell(runs, allocator, against).items()}
+
+
+def repeats(runs: Sequence[Iterable[Record]], allocator: str) -> int:
+    """How many runs measured each cell, at least; 0 without any."""
+    return min((len(values) for values in _by_cell(runs, allocator, "torch").values()), default=0)
+
+
+def _by_cell(runs: Sequence[Iterable[Record]], allocator: str, against: str) -> dict[Cell, list[float]]:
     found: dict[Cell, list[float]] = {}
     for records in runs:
         own: dict[Cell, dict[str, float]] = {}
@@ -60,7 +69,7 @@ def speedups(runs: Sequence[Iterable[Record]], allocator: str, against: str = "t
         for cell, ratios in own.items():
             if "normkit" in ratios and against in ratios:
                 found.setdefault(cell, []).append(ratios["normkit"] / ratios[against])
-    return {cell: statistics.median(values) for cell, values in found.items()}
+    return found
 
 
 def passes(runs: Sequence[Sequence[Record]], allocator: str, *, caption: str = "") -> Table:
