@@ -161,7 +161,7 @@ def test_floors(case, streamed, floor):
 
 
 def test_the_floors_of_the_documentation_are_those_of_the_cases():
-    page = (Path(__file__).parent.parent / "docs" / "benchmarks.md").read_text()
+    page = (Path(__file__).parent.parent / "docs" / "benchmarks.md").read_text().partition("<!-- passes:begin -->")[0]
     ops = {case.op: case for case in CASES}
     rows = [re.findall(r"[^|\s]+", line) for line in page.splitlines() if line.startswith("| ")]
     told = {row[0]: row[1:5] for row in rows if row and row[0] in ops and row[1:5] and row[1].isdigit()}
