@@ -45,7 +45,16 @@ from normkit.vocabulary.spec import Spec
 
 if _TYPE_CHECKING:
     from normkit import lab
-    from normkit.surgery import accelerate_, freeze_, merge_statistics_, sync_, unfreeze_, unsync_
+    from normkit.surgery import (
+        accelerate_,
+        calibrate_,
+        freeze_,
+        merge_statistics_,
+        plan,
+        sync_,
+        unfreeze_,
+        unsync_,
+    )
     from normkit.vocabulary.certificate import Certificate
 
 __version__ = "0.1.0.dev0"
@@ -77,6 +86,7 @@ __all__ = [
     "accelerate_",
     "accumulate_statistics",
     "backend",
+    "calibrate_",
     "create",
     "domain",
     "explain",
@@ -88,6 +98,7 @@ __all__ = [
     "list_norms",
     "merge_statistics_",
     "plain_state_dict",
+    "plan",
     "reference_batch",
     "statistics",
     "statistics_frozen",
@@ -103,8 +114,10 @@ del _torch
 _LATER = {
     "lab": "normkit.lab",  # experiments need the extra packages of normkit[lab]
     "accelerate_": "normkit.surgery",
+    "calibrate_": "normkit.surgery",
     "freeze_": "normkit.surgery",
     "merge_statistics_": "normkit.surgery",
+    "plan": "normkit.surgery",
     "sync_": "normkit.surgery",
     "unfreeze_": "normkit.surgery",
     "unsync_": "normkit.surgery",

@@ -1,18 +1,21 @@
 """Changes to a model that already exists: plan first, commit second, verify, certify."""
 
 from normkit.surgery.accelerate import accelerate_
+from normkit.surgery.calibrate import calibrate_
 from normkit.surgery.freeze import freeze_, unfreeze_
 from normkit.surgery.merge import merge_statistics_
-from normkit.surgery.operate import Plan, Step, operate
+from normkit.surgery.operate import Plan, Step, operate, plan
 from normkit.surgery.synchronize import sync_, unsync_
 
 __all__ = [
     "Plan",
     "Step",
     "accelerate_",
+    "calibrate_",
     "freeze_",
     "merge_statistics_",
     "operate",
+    "plan",
     "sync_",
     "unfreeze_",
     "unsync_",

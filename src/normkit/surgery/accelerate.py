@@ -29,6 +29,7 @@ def accelerate_(
     example_inputs: Any = None,
     filter_fn: Filter | None = None,
     optimizer: optim.Optimizer | None = None,
+    dry_run: bool = False,
 ) -> Certificate:
     """Make the norms of a model normkit's, and let them take in the additions and activations that follow. In place.
 
@@ -42,6 +43,7 @@ def accelerate_(
             after, in evaluation and in training, and the greatest error is certified; everything is put back.
         filter_fn: ``(module, name) -> bool``: which layers and which forwards may be changed; default all.
         optimizer: may be given as to every operation; there is nothing to do for it, since all parameters stay.
+        dry_run: change nothing, and return what would be done.
 
     Returns:
         What was changed, skipped and refused, each with its reason. ``certificate.undo()`` takes it back.
@@ -60,7 +62,8 @@ def accelerate_(
 
     When not to use it: a model that will be handed to torch.compile as it is; use ``backend="normkit"`` there.
     """
-    return operate(plan(model, example_inputs=example_inputs, filter_fn=filter_fn), example_inputs=example_inputs)
+    intended = plan(model, example_inputs=example_inputs, filter_fn=filter_fn)
+    return operate(intended, example_inputs=example_inputs, dry_run=dry_run)
 
 
 def plan(model: nn.Module, *, example_inputs: Any = None, filter_fn: Filter | None = None) -> Plan:

@@ -29,6 +29,7 @@ def freeze_(
     filter_fn: Filter | None = None,
     example_inputs: Any = None,
     optimizer: optim.Optimizer | None = None,
+    dry_run: bool = False,
 ) -> Certificate:
     """Freeze the layers that keep running statistics. In place; ``model.train()`` and pickling leave them frozen.
 
@@ -44,6 +45,7 @@ def freeze_(
         example_inputs: the model runs on it before and after, and the greatest error in evaluation is certified.
         optimizer: may be given as to every operation; there is nothing to do for it, since torch's optimizers pass a
             parameter without a gradient by, weight decay and momentum included.
+        dry_run: change nothing, and return what would be done.
 
     Returns:
         What was frozen and what was left, with reasons. ``certificate.undo()`` takes it back; so does
@@ -65,7 +67,7 @@ def freeze_(
     more. For single forward passes: :func:`normkit.statistics_frozen`.
     """
     intended = plan(model, statistics=statistics, affine=affine, filter_fn=filter_fn)
-    return operate(intended, example_inputs=example_inputs)
+    return operate(intended, example_inputs=example_inputs, dry_run=dry_run)
 
 
 def unfreeze_(
@@ -76,6 +78,7 @@ def unfreeze_(
     filter_fn: Filter | None = None,
     example_inputs: Any = None,
     optimizer: optim.Optimizer | None = None,
+    dry_run: bool = False,
 ) -> Certificate:
     """Take :func:`freeze_` back: batches normalise and move the statistics again, and what trained before trains again.
 
@@ -90,7 +93,7 @@ def unfreeze_(
     (True, False, False)
     """
     intended = plan(model, statistics=statistics, affine=affine, filter_fn=filter_fn, freeze=False)
-    return operate(intended, example_inputs=example_inputs)
+    return operate(intended, example_inputs=example_inputs, dry_run=dry_run)
 
 
 def plan(

@@ -26,7 +26,9 @@ _NORMS = nn.modules.batchnorm._NormBase
 _INSTANCE = nn.modules.instancenorm._InstanceNorm
 
 
-def merge_statistics_(model: nn.Module, process_group: Any = None, *, filter_fn: Filter | None = None) -> Certificate:
+def merge_statistics_(
+    model: nn.Module, process_group: Any = None, *, filter_fn: Filter | None = None, dry_run: bool = False
+) -> Certificate:
     """Pool the running statistics of all processes, so that each has those of what all have seen. In place.
 
     For layers that are not synchronised: under DistributedDataParallel the statistics of rank 0 win, and what the
@@ -40,6 +42,7 @@ def merge_statistics_(model: nn.Module, process_group: Any = None, *, filter_fn:
         process_group: of ``torch.distributed``; ``None``: all processes.
         filter_fn: ``(module, name) -> bool``: which layers; default all that keep running statistics. The same on every
             process.
+        dry_run: change nothing, and return what would be done.
 
     Returns:
         Which layers were merged; ``certificate.undo()`` puts the statistics of this process back. Counters of batches
@@ -57,7 +60,7 @@ def merge_statistics_(model: nn.Module, process_group: Any = None, *, filter_fn:
     merge_statistics_: nothing was changed; 1 skipped.
     >>> dist.destroy_process_group()
     """
-    return operate(plan(model, process_group, filter_fn=filter_fn))
+    return operate(plan(model, process_group, filter_fn=filter_fn), dry_run=dry_run)
 
 
 def plan(model: nn.Module, process_group: Any = None, *, filter_fn: Filter | None = None) -> Plan:
@@ -78,8 +81,8 @@ def plan(model: nn.Module, process_group: Any = None, *, filter_fn: Filter | Non
             intended.skip(name, "filter_fn left it out")
         else:
             layers[name] = module
-    _same_everywhere(layers, process_group)
-    sets = {name: _kept(layer) for name, layer in layers.items()}
+    same_everywhere("merge_statistics_", layers, process_group)
+    sets = {name: sets_of(layer) for name, layer in layers.items()}
     pooled = iter(_pooled([kept for one in sets.values() for kept in one], process_group))
     for name, one in sets.items():
         new = [next(pooled) for _ in one]
@@ -94,11 +97,12 @@ def plan(model: nn.Module, process_group: Any = None, *, filter_fn: Filter | Non
     return intended
 
 
-def _kept(layer: Any) -> list[Kept]:
+def sets_of(layer: Any) -> list[Kept]:
     """The running statistics of a layer: its own, and those of every step or domain where it keeps such."""
     batches = None if isinstance(layer, _INSTANCE) else layer.num_batches_tracked  # which torch does not count there
     values = getattr(layer, "num_values_tracked", None)
-    own = Kept(layer.running_mean, layer.running_var, layer.momentum, batches, values=values)
+    spread = not isinstance(layer, _INSTANCE)
+    own = Kept(layer.running_mean, layer.running_var, layer.momentum, batches, values=values, spread=spread)
     state = layer._modules.get(PREFIX)
     rows = [state.kept(layer, row) for row in range(len(state.mean))] if isinstance(state, Table) else []
     return [own, *filter(None, rows)]
@@ -108,15 +112,16 @@ def _pairs(kept: Kept, values: tuple[Tensor, Tensor] | None) -> list[tuple[Tenso
     return [] if values is None else list(zip((kept.mean, kept.var), values, strict=True))
 
 
-def _same_everywhere(layers: dict[str, Any], group: Any) -> None:
-    told = [f"{name}: {[len(kept.mean) for kept in _kept(layer)]} {layer.momentum}" for name, layer in layers.items()]
+def same_everywhere(operation: str, layers: dict[str, Any], group: Any) -> None:
+    """Refuse processes whose layers differ: what they exchange would not belong together."""
+    told = [f"{name}: {[len(kept.mean) for kept in sets_of(layer)]} {layer.momentum}" for name, layer in layers.items()]
     digest = int.from_bytes(hashlib.sha256("\n".join(told).encode()).digest()[:7])
     ends = torch.tensor([digest, -digest], device=_device([*layers.values()]))
     dist.all_reduce(ends, dist.ReduceOp.MAX, group)
     if ends[0] != -ends[1]:
         first = "; ".join(told[:3]) + (" ..." if told[3:] else "")
         raise RuntimeError(
-            "merge_statistics_: the processes have different layers; nothing was changed.\n"
+            f"{operation}: the processes have different layers; nothing was changed.\n"
             f"  rank {dist.get_rank()} has {len(told)} with running statistics: {first}\n"
             "  give the same model, and the same filter_fn=, in every process (names, channels and momentum must agree)"
         )

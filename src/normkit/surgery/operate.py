@@ -6,6 +6,7 @@ Whoever changes a model writes a function that looks and plans (nothing is chang
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -16,6 +17,7 @@ from normkit.surgery import probe
 from normkit.surgery.preserve import Snapshot
 from normkit.vocabulary.certificate import Certificate, Untouched
 from normkit.vocabulary.prescription import Prescription
+from normkit.vocabulary.reading import Reading
 
 
 class Edit(Protocol):
@@ -50,6 +52,10 @@ class Plan:
     refused: list[Untouched] = field(default_factory=list)
     changes: set[str] = field(default_factory=set)
     """Facts of :mod:`normkit.surgery.preserve` that are meant to change; every other one must not."""
+    readings: list[Reading] = field(default_factory=list)
+    """What was measured on the way."""
+    notes: list[str] = field(default_factory=list)
+    """Sentences about the whole."""
 
     def add(self, prescription: Prescription, edit: Edit) -> None:
         self.steps.append(Step(prescription, edit))
@@ -61,14 +67,26 @@ class Plan:
         self.refused.append(Untouched(module, reason))
 
     def __repr__(self) -> str:
-        return repr(self._certificate(f"{self.operation} (planned)"))
+        return repr(self.certificate())
+
+    def certificate(self) -> Certificate:
+        """What would be done, as the account of an operation that has not taken place."""
+        return self._certificate(f"{self.operation} (planned)")
 
     def _certificate(self, operation: str, **measured: Any) -> Certificate:
         changed = tuple(step.prescription for step in self.steps)
-        return Certificate(operation, changed, tuple(self.skipped), tuple(self.refused), **measured)
+        return Certificate(
+            operation,
+            changed,
+            tuple(self.skipped),
+            tuple(self.refused),
+            readings=tuple(self.readings),
+            notes=tuple(self.notes),
+            **measured,
+        )
 
 
-def operate(plan: Plan, *, example_inputs: Any = None) -> Certificate:
+def operate(plan: Plan, *, example_inputs: Any = None, dry_run: bool = False) -> Certificate:
     """Apply a plan, verify it, and certify it. Whatever goes wrong, the model is left as it was.
 
     Args:
@@ -76,10 +94,13 @@ def operate(plan: Plan, *, example_inputs: Any = None) -> Certificate:
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. The model runs on it before and
             after, in each mode in which the plan promises the same outputs; buffers, modes and random state are put
             back. ``None``: the structure is verified, the numbers are not.
+        dry_run: do nothing, and certify what would be done.
 
     Raises:
         RuntimeError: the result is not what the plan promised; the message says by how much.
     """
+    if dry_run:
+        return plan.certificate()
     if not plan.steps:
         return plan._certificate(plan.operation)
     modes = sorted(set.intersection(*(set(step.prescription.modes) for step in plan.steps)))
@@ -99,7 +120,40 @@ def operate(plan: Plan, *, example_inputs: Any = None) -> Certificate:
         for step in reversed(done):
             step.edit.revert()
         raise
-    return plan._certificate(plan.operation, agreement=agreement, taking_back=_taking_back(plan.operation, done))
+    return plan._certificate(
+        plan.operation,
+        agreement=agreement,
+        keys=snapshot.moved_keys(plan.model),
+        taking_back=_taking_back(plan.operation, done),
+    )
+
+
+def plan(operation: Callable[..., Certificate], model: nn.Module, *args: Any, **options: Any) -> Certificate:
+    """What an operation would do to a model, without doing it: ``nk.plan(nk.convert_, model, to="group:32")``.
+
+    Args:
+        operation: :func:`normkit.accelerate_`, :func:`normkit.calibrate_`, :func:`normkit.convert_`,
+            :func:`normkit.freeze_`, :func:`normkit.sync_` and the others of their kind.
+        model: any module. Nothing about it changes.
+        args: as the operation has them.
+        options: as the operation has them.
+
+    Returns:
+        What would be changed, skipped and refused, as a table. The same as ``operation(model, ..., dry_run=True)``.
+
+    Raises:
+        TypeError: no operation on a model. Whatever the operation raises.
+
+    >>> import torch, normkit as nk
+    >>> print(nk.plan(nk.freeze_, torch.nn.Sequential(torch.nn.BatchNorm2d(8))).verdict)
+    freeze_ (planned): 1 x BatchNorm2d becomes normkit's, 1 x BatchNorm2d frozen.
+    """
+    if not callable(operation) or "dry_run" not in inspect.signature(operation).parameters:
+        raise TypeError(
+            f"plan: {getattr(operation, '__name__', operation)!r} is no operation on a model.\n"
+            "  give one whose name ends in _, as nk.plan(nk.convert_, model, to='group:32')"
+        )
+    return operation(model, *args, dry_run=True, **options)
 
 
 def _taking_back(operation: str, done: Sequence[Step]) -> Callable[[], None]:

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from normkit.vocabulary.certificate import Keys
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -29,7 +31,14 @@ class Snapshot:
             for what, value in self.facts.items()
             if what not in meant and now.facts.get(what) != value
         ]
-        return lost if self.keys == now.keys else [*lost, "the keys of the state_dict have changed"]
+        before, after = ([name for name in keys if key(name) not in meant] for keys in (self.keys, now.keys))
+        return lost if before == after else [*lost, "the keys of the state_dict have changed"]
+
+    def moved_keys(self, model: nn.Module) -> Keys:
+        """Which keys the ``state_dict`` has no longer, and which it has now."""
+        now = tuple(model.state_dict())
+        gone, come = set(self.keys) - set(now), set(now) - set(self.keys)
+        return Keys(tuple(k for k in self.keys if k in gone), tuple(k for k in now if k in come))
 
 
 def trains(name: str) -> str:
@@ -42,6 +51,16 @@ def buffer(name: str) -> str:
     return f"buffer {name!r}"
 
 
+def parameter(name: str) -> str:
+    """The fact that a parameter is the object it is."""
+    return f"parameter {name!r}"
+
+
+def key(name: str) -> str:
+    """The fact that the ``state_dict`` has this key, or has it not."""
+    return f"the key {name!r} of the state_dict"
+
+
 def _facts(model: nn.Module) -> Iterator[tuple[str, Any]]:
     # Every name, and not every object once: both names of a module that is registered twice have to survive.
     for name, module in model.named_modules(remove_duplicate=False):
@@ -49,8 +68,8 @@ def _facts(model: nn.Module) -> Iterator[tuple[str, Any]]:
         yield f"the mode of {name!r}", module.training
         hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
         yield f"the hooks of {name!r}", [[id(hook) for hook in kind.values()] for kind in hooks]
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        yield f"parameter {name!r}", (id(parameter), parameter.dtype, parameter.device)
-        yield trains(name), parameter.requires_grad
+    for name, tensor in model.named_parameters(remove_duplicate=False):
+        yield parameter(name), (id(tensor), tensor.dtype, tensor.device)
+        yield trains(name), tensor.requires_grad
     for name, held in model.named_buffers(remove_duplicate=False):
         yield buffer(name), (id(held), held.dtype, held.device)

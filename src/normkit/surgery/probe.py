@@ -30,7 +30,7 @@ def run(model: nn.Module, example_inputs: Any, *, training: bool) -> Outcome:
         ValueError: the model does not take the probe batch in this mode.
     """
     args, kwargs = arguments(example_inputs)
-    with _restored(model), torch.set_grad_enabled(training):
+    with restored(model), torch.set_grad_enabled(training):
         model.train(training)
         try:
             output = model(*args, **kwargs)
@@ -94,7 +94,7 @@ def _limit(model: nn.Module, example_inputs: Any, before: Outcome) -> float:
 
 
 @contextlib.contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
+def restored(model: nn.Module) -> Iterator[None]:
     """Modes, buffers (objects and values) and the random state as they were."""
     modules = list(model.modules())
     modes = [module.training for module in modules]

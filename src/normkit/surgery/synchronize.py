@@ -30,6 +30,7 @@ def sync_(
     filter_fn: Filter | None = None,
     example_inputs: Any = None,
     optimizer: optim.Optimizer | None = None,
+    dry_run: bool = False,
 ) -> Certificate:
     """Let the batch norms of a model normalise by the batches of all processes together. In place.
 
@@ -44,6 +45,7 @@ def sync_(
         filter_fn: ``(module, name) -> bool``: which layers; default all batch norms.
         example_inputs: a batch; outputs in evaluation are compared before and after.
         optimizer: may be given as to every operation; there is nothing to do for it, since all parameters stay.
+        dry_run: change nothing, and return what would be done.
 
     Returns:
         What was changed, skipped and refused, each with its reason. ``certificate.undo()`` takes it back at once,
@@ -63,7 +65,7 @@ def sync_(
     When not to use it: layers with statistics of their own kind (``Ghost`` ...) are refused, because somebody chose
     these; instance norm has nothing to share.
     """
-    return operate(plan(model, process_group, filter_fn=filter_fn), example_inputs=example_inputs)
+    return operate(plan(model, process_group, filter_fn=filter_fn), example_inputs=example_inputs, dry_run=dry_run)
 
 
 def unsync_(
@@ -72,6 +74,7 @@ def unsync_(
     filter_fn: Filter | None = None,
     example_inputs: Any = None,
     optimizer: optim.Optimizer | None = None,
+    dry_run: bool = False,
 ) -> Certificate:
     """Take :func:`sync_` back: every layer is of the class and has the statistics that it had before.
 
@@ -84,7 +87,7 @@ def unsync_(
     >>> [f"{type(layer).__module__.split('.')[0]}: {'statistics=' in repr(layer)}" for layer in model]
     ['torch: False', 'normkit: False']
     """
-    return operate(unsync_plan(model, filter_fn=filter_fn), example_inputs=example_inputs)
+    return operate(unsync_plan(model, filter_fn=filter_fn), example_inputs=example_inputs, dry_run=dry_run)
 
 
 def plan(model: nn.Module, process_group: Any = None, *, filter_fn: Filter | None = None) -> Plan:

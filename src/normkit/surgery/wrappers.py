@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import nn
 
@@ -23,10 +25,42 @@ def unwrap(model: nn.Module, operation: str) -> nn.Module:
     return model
 
 
+def inside(model: nn.Module, operation: str) -> nn.Module:
+    """The model inside wrappers that only call it, for an operation that changes values and no structure.
+
+    Raises:
+        TypeError: not a module, or one whose code is fixed.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{operation}: {type(model).__name__} is not a torch.nn.Module.\n  give the model itself")
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif isinstance(original := model._modules.get("_orig_mod"), nn.Module):  # torch.compile(model)
+            model = original
+        else:
+            break
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            reason, remedy = _SCRIPTED
+            raise TypeError(f"{operation}: {name or 'the model'} is {reason}; nothing was changed.\n  {remedy}")
+    return model
+
+
+def uncompiled(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """While open, compiled modules in the model run as they are written, so that hooks on their layers are called."""
+    if any(module._compiled_call_impl or "_orig_mod" in module._modules for module in model.modules()):
+        return torch.compiler.set_stance("force_eager")
+    return contextlib.nullcontext()
+
+
+_SCRIPTED = "a TorchScript module, whose code is fixed", "do it before torch.jit.script or torch.jit.trace"
+
+
 def _reason_against(module: nn.Module) -> tuple[str, str] | None:
     kind = type(module)
     if isinstance(module, torch.jit.ScriptModule):
-        return "a TorchScript module, whose code is fixed", "do it before torch.jit.script or torch.jit.trace"
+        return _SCRIPTED
     if isinstance(module, nn.DataParallel):
         return (
             "DataParallel, which copies the modules in every step",

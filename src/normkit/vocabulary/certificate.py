@@ -5,13 +5,15 @@ from __future__ import annotations
 import html
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from normkit.vocabulary.prescription import Prescription
+from normkit.vocabulary.reading import Reading
 
 _MODES = {False: "evaluation", True: "training"}
 
+_FEW = 3  # keys that repr names
 _LIMIT = 30  # rows of each kind that repr shows; to_json has all
 
 
@@ -39,6 +41,20 @@ class Agreement:
     limit: float
 
 
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """How the keys of the ``state_dict`` have changed; all others are those of before, in their order."""
+
+    removed: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
+
+    def words(self) -> Iterator[str]:
+        for word, keys in (("without", self.removed), ("with", self.added)):
+            if keys:
+                more = f" ... ({len(keys)} in all)" if len(keys) > _FEW else ""
+                yield f"the state_dict is {word} {', '.join(keys[:_FEW])}{more}"
+
+
 @dataclass(frozen=True)
 class Certificate:
     """The account of one operation. Its ``repr`` is a table; :meth:`undo` takes the operation back."""
@@ -51,6 +67,11 @@ class Certificate:
     """Something could be gained there, but not safely."""
     agreement: tuple[Agreement, ...] = ()
     """Empty: no probe batch was given, and nothing was measured."""
+    readings: tuple[Reading, ...] = ()
+    """What was measured on the way, layer by layer."""
+    notes: tuple[str, ...] = ()
+    """Sentences about the whole."""
+    keys: Keys = field(default_factory=Keys)
     taking_back: Callable[[], None] | None = field(default=None, repr=False, compare=False)
 
     def undo(self) -> None:
@@ -72,9 +93,11 @@ class Certificate:
         return f"{self.operation}: {done}{'; ' if left else ''}{', '.join(left)}."
 
     def _measured(self) -> Iterator[str]:
+        yield from self.notes
+        yield from self.keys.words()
         for row in self.agreement:
             yield f"greatest error in {_MODES[row.training]}: {row.error:.1e} (limit {row.limit:.1e})"
-        if not self.agreement:
+        if not self.agreement and not self.notes:
             yield "greatest error: not measured; give example_inputs= and it will be"
 
     def _rows(self) -> Iterator[tuple[str, str, str]]:
@@ -125,4 +148,7 @@ class Certificate:
             "skipped": untouched(self.skipped),
             "refused": untouched(self.refused),
             "agreement": [{"training": row.training, "error": row.error, "limit": row.limit} for row in self.agreement],
+            "readings": [asdict(reading) for reading in self.readings],
+            "notes": list(self.notes),
+            "keys": {"removed": list(self.keys.removed), "added": list(self.keys.added)},
         }
