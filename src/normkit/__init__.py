@@ -48,6 +48,7 @@ if _TYPE_CHECKING:
     from normkit.surgery import (
         accelerate_,
         calibrate_,
+        convert_,
         freeze_,
         merge_statistics_,
         plan,
@@ -87,6 +88,7 @@ __all__ = [
     "accumulate_statistics",
     "backend",
     "calibrate_",
+    "convert_",
     "create",
     "domain",
     "explain",
@@ -115,6 +117,7 @@ _LATER = {
     "lab": "normkit.lab",  # experiments need the extra packages of normkit[lab]
     "accelerate_": "normkit.surgery",
     "calibrate_": "normkit.surgery",
+    "convert_": "normkit.surgery",
     "freeze_": "normkit.surgery",
     "merge_statistics_": "normkit.surgery",
     "plan": "normkit.surgery",

@@ -2,6 +2,7 @@
 
 from normkit.surgery.accelerate import accelerate_
 from normkit.surgery.calibrate import calibrate_
+from normkit.surgery.convert import convert_
 from normkit.surgery.freeze import freeze_, unfreeze_
 from normkit.surgery.merge import merge_statistics_
 from normkit.surgery.operate import Plan, Step, operate, plan
@@ -12,6 +13,7 @@ __all__ = [
     "Step",
     "accelerate_",
     "calibrate_",
+    "convert_",
     "freeze_",
     "merge_statistics_",
     "operate",

@@ -41,6 +41,11 @@ class Snapshot:
         return Keys(tuple(k for k in self.keys if k in gone), tuple(k for k in now if k in come))
 
 
+def of_module(name: str) -> tuple[str, str, str]:
+    """The facts that a module is the object it is, in its mode, with its hooks."""
+    return f"module {name!r}", f"the mode of {name!r}", f"the hooks of {name!r}"
+
+
 def trains(name: str) -> str:
     """The fact that a parameter trains or does not."""
     return f"requires_grad of parameter {name!r}"
@@ -64,10 +69,9 @@ def key(name: str) -> str:
 def _facts(model: nn.Module) -> Iterator[tuple[str, Any]]:
     # Every name, and not every object once: both names of a module that is registered twice have to survive.
     for name, module in model.named_modules(remove_duplicate=False):
-        yield f"module {name!r}", id(module)
-        yield f"the mode of {name!r}", module.training
         hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-        yield f"the hooks of {name!r}", [[id(hook) for hook in kind.values()] for kind in hooks]
+        told = id(module), module.training, [[id(hook) for hook in kind.values()] for kind in hooks]
+        yield from zip(of_module(name), told, strict=True)
     for name, tensor in model.named_parameters(remove_duplicate=False):
         yield parameter(name), (id(tensor), tensor.dtype, tensor.device)
         yield trains(name), tensor.requires_grad
