@@ -6,6 +6,7 @@ from normkit.surgery.convert import convert_
 from normkit.surgery.freeze import freeze_, unfreeze_
 from normkit.surgery.merge import merge_statistics_
 from normkit.surgery.operate import Plan, Step, operate, plan
+from normkit.surgery.param_groups import param_groups
 from normkit.surgery.synchronize import sync_, unsync_
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "freeze_",
     "merge_statistics_",
     "operate",
+    "param_groups",
     "plan",
     "sync_",
     "unfreeze_",

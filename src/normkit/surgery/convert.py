@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn, optim
 
-from normkit.norm import Norm
+from normkit.norms.rms_norm import RMSNorm
 from normkit.statistics.batch import Batch
 from normkit.statistics.ghost import Ghost
 from normkit.statistics.synchronized import Synchronized
 from normkit.surgery import batches, probe, recast
 from normkit.surgery.become import Become
+from normkit.surgery.centre import Centred, centred, rewritten
 from normkit.surgery.fit import Matched, Run, fit, two_runs
+from normkit.surgery.merge import Overwrite
 from normkit.surgery.operate import Plan, operate
 from normkit.surgery.regroup import New, Regroup
 from normkit.surgery.target import Kind, Misfit, build, is_frozen_batch, lost, place_of
@@ -81,7 +83,11 @@ def convert_(
     When not to use it: to get rid of batch norms in a model that is only evaluated (``nk.fold`` does that exactly);
     without fine-tuning afterwards (docs/convert.md shows what is lost).
 
-    Source: Wu & He 2018, arXiv:1803.08494, on groups.
+    A layer norm becomes an RMS norm exactly where its input comes from one linear or convolutional layer, which takes
+    the mean out, and its bias is 0 or goes into linear layers that alone read it; elsewhere the certificate says why
+    not.
+
+    Source: Wu & He 2018, arXiv:1803.08494, on groups; Jiang et al. 2023, arXiv:2305.14858, on layer and RMS norm.
     """
     intended = plan(model, to, match, optimizer, filter_fn, call=call)
     probed = match if call is None and isinstance(match, Tensor | tuple | Mapping) else None
@@ -107,11 +113,13 @@ def plan(
     intended = Plan("convert_", inner)
     runs = None if match is None else two_runs(match, call)
     fresh = _fresh(intended, to, filter_fn, None if runs is None else _dims(inner, runs[0]))
-    other = {old: new for old, new in fresh.items() if _safety(old, new) == "retrain"}
+    exact = _exact(inner, fresh)
+    changing = {old: new for old, new in fresh.items() if _safety(old, new) == "retrain"}
+    other = {old: new for old, new in changing.items() if not isinstance(exact.get(old), Centred)}
     found = Matched()
     if runs is not None and other:
         found = fit(inner, other, _shared(inner, other), runs)
-    _add_steps(intended, fresh, found)
+    _add_steps(intended, fresh, found, exact)
     _add_optimizer(intended, optimizer)
     if found.layers:
         intended.notes += _words(found)
@@ -129,7 +137,10 @@ def _fresh(
     """Old layer -> new layer, for all that can be converted; the others are skipped or refused."""
     fresh: dict[nn.Module, nn.Module] = {}
     for name, module in intended.model.named_modules():
-        if isinstance(module, nn.Identity) or not (isinstance(module, Norm) or recast.looks_like_a_norm(module)):
+        if recast.is_called_a_norm(module):
+            kind = type(module)
+            intended.skip(name, f"{kind.__module__}.{kind.__qualname__} is no norm of torch's or normkit's")
+        if isinstance(module, nn.Identity) or not recast.is_norm(module):
             continue
         if filter_fn is not None and not filter_fn(module, name):
             intended.skip(name, "filter_fn left it out")
@@ -156,7 +167,7 @@ def _dims(model: nn.Module, run: Run) -> dict[nn.Module, int]:
     def note(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         seen[module] = max((args[0] if args else kwargs["input"]).dim() - 2, 1)
 
-    norms = [m for m in model.modules() if isinstance(m, Norm) or recast.looks_like_a_norm(m)]
+    norms = [module for module in model.modules() if recast.is_norm(module)]
     handles = [norm.register_forward_pre_hook(note, with_kwargs=True) for norm in norms]
     try:
         with probe.restored(model), torch.no_grad():
@@ -186,18 +197,43 @@ def _shared(model: nn.Module, layers: Iterable[nn.Module]) -> set[nn.Module]:
     return {layer for layer in layers if any(owners[id(p)] > 1 for p in layer.parameters(recurse=False))}
 
 
-def _add_steps(intended: Plan, fresh: dict[nn.Module, nn.Module], found: Matched) -> None:
+def _exact(model: nn.Module, fresh: dict[nn.Module, nn.Module]) -> dict[nn.Module, Centred | str]:
+    """By layer norm that becomes an RMS norm, how it does so exactly, or why it does not."""
+    named = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.LayerNorm) and isinstance(new := fresh.get(module), RMSNorm) and new.eps == module.eps
+    }
+    return {named[name]: found for name, found in centred(model, named).items()}
+
+
+def _add_steps(
+    intended: Plan, fresh: dict[nn.Module, nn.Module], found: Matched, exact: dict[nn.Module, Centred | str]
+) -> None:
     edits = {old: Become(old, new) for old, new in fresh.items()}
     for name, module in intended.model.named_modules():
         if module not in edits:
             continue
         new, safety = fresh[module], _safety(module, fresh[module])
         action = f"{type(module).__name__} becomes {type(new).__name__}"
-        words = [f"loses its {' and '.join(gone)}" for gone in [lost(module, new)] if gone]
+        words = []
+        way = exact.get(module)
+        if isinstance(way, Centred):
+            safety = "identical"
+            words.append(way.words())
+        elif way is not None:
+            words.append(f"not exactly: {way}")
+        if not isinstance(way, Centred) and (gone := lost(module, new)):
+            words.append(f"loses its {' and '.join(gone)}")
         if match := found.layers.get(module):
             words.append(f"error {match.fitted:.2g}, unfitted {match.carried:.2g}")
         reason = "another kind was asked for"
         intended.add(Prescription(action, name, reason, safety, "; ".join(words)), edits[module])
+    names = {module: name for name, module in intended.model.named_modules()}
+    helpers = {names[norm]: way for norm, way in exact.items() if isinstance(way, Centred)}
+    for name, pairs in rewritten(intended.model, helpers).items():
+        reason = "so that layer norms may be RMS norms"
+        intended.add(Prescription("weights adjusted", name, reason, "identical"), Overwrite(pairs))
     for name, module in intended.model.named_modules(remove_duplicate=False):
         if module in edits:
             intended.changes |= edits[module].changes(name)

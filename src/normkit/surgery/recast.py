@@ -7,6 +7,7 @@ else holds on to it. normkit's classes are subclasses of torch's, so all that is
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,7 @@ from normkit.vocabulary.spec import REGISTRY
 
 _STORES = ("_parameters", "_buffers", "_modules")
 _TORCH_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
+_NAMED_NORM = re.compile(r"Norm(?:Act)?(?:[123]d)?$")
 
 
 def twins() -> dict[type[nn.Module], type[Norm]]:
@@ -37,6 +39,16 @@ def twins() -> dict[type[nn.Module], type[Norm]]:
 def looks_like_a_norm(module: nn.Module) -> bool:
     """Whether a reader of the certificate expects a line about it."""
     return isinstance(module, _TORCH_NORMS)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether it is a norm of torch's or normkit's."""
+    return isinstance(module, Norm) or looks_like_a_norm(module)
+
+
+def is_called_a_norm(module: nn.Module) -> bool:
+    """Whether somebody has written a norm of their own, to go by its name: ``LlamaRMSNorm``, ``LayerNorm2d``."""
+    return not is_norm(module) and _NAMED_NORM.search(type(module).__name__) is not None
 
 
 def reasons_against(module: nn.Module, table: Mapping[type, type] | None = None) -> list[str]:
