@@ -13,10 +13,11 @@ import pytest
 import normkit as nk
 from normkit import cli
 from normkit.cli.errors import UserError
+from normkit.cli.output import show
 from normkit.dispatch import BACKENDS
 from normkit.kernels import loading
 from normkit.laws import LAWS
-from normkit.vocabulary.spec import REGISTRY
+from normkit.vocabulary.spec import REGISTRY, pooled
 
 GROUP = ["explain", "group", "--shape", "8,64,56,56"]
 
@@ -82,7 +83,7 @@ def test_list_shows_every_norm_with_its_laws(run):
     for name in nk.list_norms():
         spec = REGISTRY[name].spec
         row = next(line for line in lines if line.startswith(f"{name} "))
-        assert (spec.over or "nothing") in row
+        assert pooled(spec) in row
         assert spec.paper in row
     header = next(line for line in lines if line.startswith("law ")).split()
     for law in LAWS:
@@ -332,3 +333,9 @@ def test_a_reader_that_stops_early_is_no_fault(argv):
         command = [sys.executable, "-m", "normkit", *argv]
         result = subprocess.run(command, stdout=closed_pipe, stderr=subprocess.PIPE, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_a_colon_stays_a_colon(capsys):
+    """rich would make an emoji of the arm ``batch:ghost:4``, also in the command that is to be typed next."""
+    show("batch:ghost:4", then="normkit compare --arms batch:ghost:4")
+    assert capsys.readouterr().out.count("batch:ghost:4") == 2

@@ -134,3 +134,32 @@ def test_parallel_names_a_backend_and_a_number_of_workers():
     for wrong in ("lokky", "0", "loky:0", "loky:x", "mpi"):
         with pytest.raises(LabError, match="--parallel"):
             parse_parallel(wrong)
+
+
+@pytest.mark.parametrize(
+    ("text", "arm"),
+    [
+        ("batch:renorm:3:5:50+running:0.02", Arm("batch:renorm:3:5:50", running=0.02)),
+        ("batch:synchronized+processes:2", Arm("batch:synchronized", processes=2)),
+    ],
+)
+def test_policies_and_what_goes_with_them_are_part_of_an_arm(text, arm):
+    assert parse_arm(text) == arm
+    assert arm.name == text
+    assert parse_arm(text).record("sgd").keys() - Arm().record("sgd").keys() <= {"running", "processes"}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("batch+running:0", "running:0 is no share"),
+        ("batch+running:nan", "running:nan is no share"),
+        ("batch+processes:0", "processes:0 is no number of processes"),
+        ("batch+processes:1.5", r"processes:1\.5 is no number of processes"),
+        ("batch+processes:inf", "processes:inf is no number of processes"),
+        ("batch:goast:4", "did you mean 'ghost'"),
+    ],
+)
+def test_a_wrong_share_or_number_of_processes_is_named(text, words):
+    with pytest.raises(LabError, match=words):
+        parse_arm(text)

@@ -22,7 +22,15 @@ from normkit.vocabulary.record import read_cells, read_experiment, read_json
 from small_experiments import PATH, tiny
 
 TINY = f"{PATH}:tiny"
-TIME_FIELDS = {"attempts", "train_seconds", "seconds_to_target", "ms_per_step", "norm_share", "peak_memory_mb"}
+TIME_FIELDS = {
+    "attempts",
+    "train_seconds",
+    "seconds_to_target",
+    "ms_per_step",
+    "norm_share",
+    "peak_memory_mb",
+    "cpu_seconds",
+}
 
 
 @pytest.fixture

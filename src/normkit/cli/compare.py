@@ -44,6 +44,9 @@ class Compare:
     seeds: int | None = None
     """Fresh paired seeds of the final runs (quick 3, default 10, thorough 30)."""
 
+    search_seeds: int | None = None
+    """Seeds of the search for each arm's learning rate (quick 1, default 2, thorough 5)."""
+
     quick: bool = False
     """A smoke run: fewer rates and seeds, no evidence."""
 
@@ -113,6 +116,7 @@ def _run(asked: Compare, command: str) -> Result:
             sweep=asked.sweep,
             budget="quick" if asked.quick else "thorough" if asked.thorough else "default",
             seeds=asked.seeds,
+            search_seeds=asked.search_seeds,
             steps=asked.steps,
             batch_size=asked.batch_size,
             target=asked.target,

@@ -21,7 +21,7 @@ class Output(Console):
 
 def show(answer: str, *parts: RenderableType, then: str) -> None:
     """Print the answer in words, the parts, and the next command to type."""
-    console = Output(width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False, markup=False)
+    console = Output(width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False, markup=False, emoji=False)
     console.print(answer, style="bold", soft_wrap=True)
     for part in parts:
         console.print()

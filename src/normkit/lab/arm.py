@@ -10,10 +10,11 @@ from normkit.lab.errors import LabError, nearest
 
 OPTIMIZERS = ("sgd", "momentum", "adamw")
 PLACEMENTS = ("before", "after")
-OPTIONS = ("dropout", "init", "placement")
+OPTIONS = ("dropout", "init", "placement", "running", "processes")
+ADDED = {"running": None, "processes": 1}  # in a record only where they are used: older questions keep their hash
 GRAMMAR = (
     "an arm is a norm and what goes with it, joined by +: none, batch, group:8, none+adamw, batch+momentum, "
-    "batch+dropout:0.2, batch+placement:after, none+init:0.1"
+    "batch+dropout:0.2, batch+placement:after, none+init:0.1, batch+running:0.02, batch:synchronized+processes:2"
 )
 
 
@@ -24,6 +25,8 @@ class Arm:
     norm: what `normkit.create` takes ("none", "batch", "group:8", ...). optimizer: sgd, momentum (SGD with momentum
     0.9), adamw, or None for the task's own. placement: norm before or after the activation. dropout: probability
     behind each activation. init: gain, a factor on every initial weight of linear, convolutional and recurrent layers.
+    running: share of each batch in a batch norm's running statistics (torch's `momentum=`), or None for the layer's
+    own. processes: how many train the network together, each on its part of every batch, averaging their gradients.
     """
 
     norm: str = "none"
@@ -31,6 +34,8 @@ class Arm:
     placement: str = "before"
     dropout: float = 0.0
     init: float = 1.0
+    running: float | None = None
+    processes: int = 1
 
     def __post_init__(self) -> None:
         if self.optimizer is not None and self.optimizer not in OPTIMIZERS:
@@ -44,6 +49,12 @@ class Arm:
             raise LabError(f"dropout:{self.dropout:g} is no probability; choose 0 <= dropout < 1, e.g. dropout:0.2")
         if not 0 < self.init < float("inf"):
             raise LabError(f"init:{self.init:g} is no gain; choose a positive factor on the initial weights")
+        if self.running is not None and not 0 < self.running <= 1:
+            raise LabError(
+                f"running:{self.running:g} is no share of a batch; choose 0 < running <= 1, e.g. running:0.02"
+            )
+        if not (self.processes >= 1 and float(self.processes).is_integer()):
+            raise LabError(f"processes:{self.processes:g} is no number of processes; choose 1, 2, 3 ...")
 
     @property
     def name(self) -> str:
@@ -53,12 +64,16 @@ class Arm:
         parts += [f"dropout:{self.dropout:g}"] if self.dropout else []
         parts += [f"placement:{self.placement}"] if self.placement != "before" else []
         parts += [f"init:{self.init:g}"] if self.init != 1 else []
+        parts += [f"running:{self.running:g}"] if self.running is not None else []
+        parts += [f"processes:{self.processes}"] if self.processes != 1 else []
         return "+".join(parts)
 
     def record(self, optimizer: str) -> dict[str, Any]:
         """The arm as experiment.json has it; optimizer: the task's own, for an arm that names none."""
         fields = asdict(self) | {"optimizer": self.optimizer or optimizer}
-        return {"name": self.name, **fields}
+        return {"name": self.name} | {
+            key: value for key, value in fields.items() if key not in ADDED or value != ADDED[key]
+        }
 
     def with_knob(self, knob: str, value: float) -> Arm:
         """The arm with one of its own knobs (init, dropout) set to a value of a sweep."""
@@ -137,6 +152,8 @@ def _read_options(text: str, options: list[str]) -> dict[str, Any]:
         if not value:
             raise LabError(f"arm {text!r}: {key} needs a value, e.g. {_EXAMPLES[key]}")
         values[key] = value if key == "placement" else _number(text, key, value)
+    if "processes" in values and values["processes"].is_integer():
+        values["processes"] = int(values["processes"])
     return values
 
 
@@ -147,4 +164,10 @@ def _number(text: str, key: str, value: str) -> float:
         raise LabError(f"arm {text!r}: {key}:{value} is no number; write e.g. {_EXAMPLES[key]}") from None
 
 
-_EXAMPLES = {"dropout": "dropout:0.2", "init": "init:0.1", "placement": "placement:after"}
+_EXAMPLES = {
+    "dropout": "dropout:0.2",
+    "init": "init:0.1",
+    "placement": "placement:after",
+    "running": "running:0.02",
+    "processes": "processes:2",
+}

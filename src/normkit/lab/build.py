@@ -12,11 +12,13 @@ import torch
 from torch import nn
 
 from normkit.lab.arm import Arm
+from normkit.lab.binding import bind_norms
 from normkit.lab.errors import LabError
 from normkit.lab.experiment import Experiment
 from normkit.lab.initial import scale_weights_, weights_fingerprint
 from normkit.lab.norm_layer import NormLayer, norms_of
 from normkit.lab.seeds import derive, generator
+from normkit.statistics import Synchronized
 
 _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr),
@@ -32,7 +34,7 @@ def build_model(experiment: Experiment, arm: Arm, seed: int) -> tuple[nn.Module,
     across arms too; `Experiment.initial` draws from a generator of its own.
     """
     seed_everything(derive(seed, "model"))
-    model = experiment.model(NormLayer(arm.norm, experiment.dim), **_options(experiment, arm))
+    model = experiment.model(NormLayer(arm.norm, experiment.dim, arm.running), **_options(experiment, arm))
     if not isinstance(model, nn.Module):
         raise LabError(
             f"the model builder of {experiment.name} returned {type(model).__name__}; expected a torch.nn.Module"
@@ -42,6 +44,8 @@ def build_model(experiment: Experiment, arm: Arm, seed: int) -> tuple[nn.Module,
             f"the model builder of {experiment.name} never called norm_layer, so every arm would be the same network; "
             "build each norm as norm_layer(num_features)"
         )
+    _check_processes(model, arm)
+    bind_norms(model, arm.name)
     if experiment.initial is not None:
         experiment.initial(model, generator(seed, "weights"))
     drawn = weights_fingerprint(model)
@@ -74,6 +78,15 @@ def check_arms(experiment: Experiment, arms: tuple[Arm, ...]) -> None:
             raise LabError(
                 f"arm {arm.name!r}: the network of {experiment.name} cannot be built: {type(error).__name__}: {error}"
             ) from error
+
+
+def _check_processes(model: nn.Module, arm: Arm) -> None:
+    policies = [getattr(norm, "statistics", None) for norm in norms_of(model).values()]
+    if arm.processes == 1 and any(isinstance(policy, Synchronized) for policy in policies):
+        raise LabError(
+            f"arm {arm.name!r} synchronises the statistics of several processes, and its runs have one; write "
+            f"{arm.name}+processes:2"
+        )
 
 
 def _options(experiment: Experiment, arm: Arm) -> dict[str, Any]:

@@ -22,12 +22,14 @@ SHARE_PAIRS, SHARE_SECONDS = 20, 0.5  # steps timed with and without norms: at m
 LEAST_PAIRS = 3
 
 
-def measure(model: nn.Module, data: Data, arm: Arm, take_step: Callable[[nn.Module], float]) -> dict[str, Any]:
-    """All of MEASURES; take_step: see `norm_share`."""
+def measure(model: nn.Module, data: Data, arm: Arm, take_step: Callable[[nn.Module], float] | None) -> dict[str, Any]:
+    """All of MEASURES; take_step: see `norm_share`, or None where it cannot be known: several processes trained."""
     return {
-        "norm_share": norm_share(model, take_step),
+        "norm_share": None if take_step is None else norm_share(model, take_step),
         "dead_units": dead_units(model, data.test),
-        "variance_ratio": variance_ratios(model, data.validation.first(SAMPLES)[0]) if arm.dropout else None,
+        "variance_ratio": variance_ratios(model, data.validation.first(SAMPLES)[0])
+        if arm.dropout and take_step
+        else None,
     }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from normkit.lab.arm import Arm, parse_arms
 from normkit.lab.build import check_arms
+from normkit.lab.cell import Cell
 from normkit.lab.data import Data, Order, fingerprint
 from normkit.lab.directory import default_directory, open_directory
 from normkit.lab.errors import LabError
@@ -45,6 +46,7 @@ def compare(
     sweep: str | tuple[str, Iterable[Any]] | None = None,
     budget: str = "default",
     seeds: int | None = None,
+    search_seeds: int | None = None,
     steps: int | None = None,
     batch_size: int | None = None,
     target: float | None = None,
@@ -83,6 +85,7 @@ def compare(
         steps,
         batch_size,
         target,
+        search_seeds,
     )
     _check(source, recipe, len(splits.train))
     directory = Path(out) if out is not None else default_directory(recipe)
@@ -120,9 +123,15 @@ def make_recipe(
     steps: int | None = None,
     batch_size: int | None = None,
     target: float | None = None,
+    search_seeds: int | None = None,
 ) -> Recipe:
     """The question, from an experiment, a budget and what the person wants otherwise."""
-    for name, number in (("seeds", seeds), ("steps", steps), ("batch-size", batch_size)):
+    for name, number in (
+        ("seeds", seeds),
+        ("search-seeds", search_seeds),
+        ("steps", steps),
+        ("batch-size", batch_size),
+    ):
         if number is not None and number < 1:
             raise LabError(f"--{name} {number}: give a whole number from 1")
     if target is not None and experiment.metric == ACCURACY and not 0 <= target <= 1:
@@ -140,7 +149,7 @@ def make_recipe(
         optimizer=experiment.optimizer,
         budget=budget.name,
         rates=middle(_rates(experiment), budget.rates),
-        search_seeds=tuple(range(FIRST_SEARCH_SEED, FIRST_SEARCH_SEED + budget.search_seeds)),
+        search_seeds=tuple(range(FIRST_SEARCH_SEED, FIRST_SEARCH_SEED + (search_seeds or budget.search_seeds))),
         seeds=tuple(range(seeds or budget.seeds)),
         steps=wanted,
         eval_every=min(experiment.eval_every, wanted),
@@ -203,7 +212,17 @@ def _check(source: Source, recipe: Recipe, samples: int) -> None:
         seed, rate = recipe.search_seeds[:1], recipe.rates[:1]
         cells = [cell for cell in recipe.search_cells(rate, value, threads=1) if cell.seed in seed]
         Order(samples, cells[0].batch_size, seed=0)
+        _check_parts(cells)
         check_arms(source.load(cells[0].options), tuple(cell.trained_arm for cell in cells))
+
+
+def _check_parts(cells: Sequence[Cell]) -> None:
+    for cell in cells:
+        if cell.batch_size % cell.arm.processes:
+            raise LabError(
+                f"arm {cell.arm.name!r}: a batch of {cell.batch_size} samples cannot be cut into "
+                f"{cell.arm.processes} equal parts; choose a batch size that {cell.arm.processes} divides"
+            )
 
 
 def _call(recipe: Recipe) -> str:

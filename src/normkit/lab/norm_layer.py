@@ -17,12 +17,16 @@ class NormLayer:
     """A picklable callable `norm_layer(num_features)` that builds the norm of one arm.
 
     dim: 1 for features (n, c), 2 for images (n, c, h, w), 3 for volumes; a model that mixes them passes `dim=` itself.
+    running: share of each batch in the running statistics of a batch norm; None: the layer's own.
     """
 
     spec: str
     dim: int = 1
+    running: float | None = None
 
     def __call__(self, num_features: int, *, dim: int | None = None, **options: Any) -> nn.Module:
+        if self.running is not None:
+            options = {"momentum": self.running} | options
         norm = normkit.create(self.spec, num_features, dim=dim or self.dim, **options)
         setattr(norm, _MARK, True)
         return norm

@@ -2,7 +2,8 @@
 
 A search run stops when it reaches the target. A final run takes all its steps, whoever was first: test values compare
 networks that were trained equally long. The clock runs during forward, backward and update only; fetching a batch,
-evaluating, probing and saving are not in `train_seconds`.
+evaluating, probing and saving are not in `train_seconds`. Several processes may train one network (`Ranks`); each runs
+this loop.
 """
 
 from __future__ import annotations
@@ -14,18 +15,19 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from normkit.lab import checkpoint, closing
+from normkit.lab import checkpoint, closing, recomputed
 from normkit.lab.build import build_model, build_optimizer, seed_everything
 from normkit.lab.cell import FINAL, Cell
 from normkit.lab.data import Data, Order, Split
 from normkit.lab.experiment import Experiment
 from normkit.lab.journal import Journal
 from normkit.lab.probe import SAMPLES, Probe, untouched_generators
+from normkit.lab.ranks import ALONE, Ranks
 from normkit.lab.seeds import derive
 from normkit.lab.step import Step
 
@@ -40,6 +42,7 @@ class State:
 
     step: int = 0
     train_seconds: float = 0.0
+    cpu_seconds: float = 0.0
     step_seconds: list[float] = field(default_factory=list)
     first_loss: float | None = None
     loss_sum: float = 0.0  # since the last evaluation
@@ -49,12 +52,28 @@ class State:
     seconds_to_target: float | None = None
 
 
+class Taken(NamedTuple):
+    """One step: the loss of its batch before it, and what it cost by the clock and by the processor."""
+
+    loss: float
+    seconds: float
+    cpu_seconds: float
+
+
 class Run:
     """One cell being trained in its directory; `train` is the only way in."""
 
-    def __init__(self, cell: Cell, experiment: Experiment, data: Data, directory: Path, checkpoint_seconds: float):
+    def __init__(
+        self,
+        cell: Cell,
+        experiment: Experiment,
+        data: Data,
+        directory: Path,
+        checkpoint_seconds: float,
+        ranks: Ranks = ALONE,
+    ):
         self.cell, self.experiment, self.data, self.directory = cell, experiment, data, directory
-        self.checkpoint_seconds = checkpoint_seconds
+        self.checkpoint_seconds, self.ranks = checkpoint_seconds, ranks
         arm = cell.trained_arm
         self.model, self.initial_weights = build_model(experiment, arm, cell.seed)
         self.optimizer = build_optimizer(experiment, arm, self.model, cell.lr)
@@ -62,10 +81,10 @@ class Run:
         self.state = State()
         self.metrics, self.inside = Journal(directory / "metrics.jsonl"), Journal(directory / "inside.jsonl")
         self.between_steps: list[Callable[[Step], None]] = [copy.deepcopy(act) for act in experiment.between_steps]
-        if cell.phase == FINAL:
+        if cell.phase == FINAL and ranks.alone:  # its forward pass is this process's own: others would wait for it
             batch, _ = data.validation.first(SAMPLES)
             self.between_steps.append(Probe(self.inside, batch, cell.steps))
-        seed_everything(derive(cell.seed, "training"))
+        seed_everything(derive(cell.seed, "training", *([] if ranks.alone else [ranks.rank])))
 
     def go(self) -> dict[str, Any]:
         """Trains from the checkpoint, or from the beginning, to the end; returns what status.json says about it."""
@@ -82,13 +101,13 @@ class Run:
         cell, state, saved_at = self.cell, self.state, time.monotonic()
         pause = self.checkpoint_seconds
         while state.step < cell.steps and not self._search_is_over():
-            inputs, targets = self.data.train.take(self.order.batch(state.step))
-            loss, seconds = self._take_step(self.model, self.optimizer, inputs, targets)
-            self._count(loss, seconds)
-            if reason := self._diverged(loss):
+            inputs, targets = self._batch(state.step)
+            taken = self._take_step(self.model, self.optimizer, inputs, targets)
+            self._count(taken)
+            if reason := self._diverged(taken.loss):
                 self._write_metrics()
                 return reason
-            step = Step(state.step, cell.steps, self.model, self.optimizer, inputs, targets, loss)
+            step = Step(state.step, cell.steps, self.model, self.optimizer, inputs, targets, taken.loss)
             for act in self.between_steps:
                 act(step)
             if state.step % cell.eval_every == 0 or state.step == cell.steps:
@@ -100,26 +119,29 @@ class Run:
                 pause = max(self.checkpoint_seconds, 20 * (saved_at - begin))  # saving stays below 5 % of the time
         return None
 
-    def _take_step(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Any, targets: Tensor
-    ) -> tuple[float, float]:
-        """One optimizer step: the loss of the batch before the step, and the seconds it took."""
-        begin = time.perf_counter()
+    def _batch(self, step: int) -> tuple[Any, Tensor]:
+        """Inputs and targets of a step, as far as they are this process's."""
+        return self.data.train.take(self.ranks.part(self.order.batch(step)))
+
+    def _take_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Any, targets: Tensor) -> Taken:
+        """One optimizer step."""
+        begin, cpu = time.perf_counter(), time.process_time()
         optimizer.zero_grad()
         loss = self.experiment.loss(model(inputs), targets)
         loss.backward()
+        value = self.ranks.average(model, loss.item())
         optimizer.step()
-        value = loss.item()
-        return value, time.perf_counter() - begin
+        return Taken(value, time.perf_counter() - begin, time.process_time() - cpu)
 
-    def _count(self, loss: float, seconds: float) -> None:
+    def _count(self, taken: Taken) -> None:
         state = self.state
         state.step += 1
-        state.train_seconds += seconds
-        state.step_seconds.append(seconds)
+        state.train_seconds += taken.seconds
+        state.cpu_seconds += taken.cpu_seconds
+        state.step_seconds.append(taken.seconds)
         del state.step_seconds[:-MEDIAN_OF]
-        state.first_loss = loss if state.first_loss is None else state.first_loss
-        state.loss_sum += loss
+        state.first_loss = taken.loss if state.first_loss is None else state.first_loss
+        state.loss_sum += taken.loss
         state.loss_count += 1
 
     def _diverged(self, loss: float) -> str | None:
@@ -136,7 +158,7 @@ class Run:
     def _write_metrics(self) -> None:
         """Evaluates on the validation data and appends one line."""
         state, metric = self.state, self.experiment.metric
-        value, loss = self._evaluate(self.data.validation)
+        value, loss = self.ranks.first(*self._evaluate(self.data.validation))
         if state.best_validation is None or metric.better(value, state.best_validation):
             state.best_validation = value
         if state.steps_to_target is None and metric.reached(value, self.cell.target):
@@ -166,7 +188,7 @@ class Run:
         replica = copy.deepcopy(self.model)
         optimizer = build_optimizer(self.experiment, self.cell.trained_arm, replica, 0.0)
         with untouched_generators():  # a dataset may draw too
-            inputs, targets = self.data.train.take(self.order.batch(0))
+            inputs, targets = self._batch(0)
             for _ in range(WARM_UP):
                 self._take_step(replica, optimizer, inputs, targets)
 
@@ -215,6 +237,7 @@ class Run:
             "reason": reason,
             "steps": state.step,
             "train_seconds": round(state.train_seconds, 6),
+            "cpu_seconds": round(self.ranks.total(state.cpu_seconds), 6),
             "steps_to_target": state.steps_to_target,
             "seconds_to_target": None if state.seconds_to_target is None else round(state.seconds_to_target, 6),
             "best_validation": state.best_validation,
@@ -222,28 +245,35 @@ class Run:
             "ms_per_step": 1e3 * statistics.median(state.step_seconds),
             "parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
             "initial_weights": self.initial_weights,
-            **dict.fromkeys(closing.MEASURES),
+            **dict.fromkeys((*closing.MEASURES, *recomputed.MEASURES)),
         }
         if self.cell.phase == FINAL:
             measured["test"] = self._evaluate(self.data.test)[0]
-            measured |= closing.measure(self.model, self.data, self.cell.trained_arm, self._extra_step())
+            arm, extra_step = self.cell.trained_arm, self._extra_step() if self.ranks.alone else None
+            measured |= closing.measure(self.model, self.data, arm, extra_step)
+            measured |= recomputed.measure(self.model, self.experiment, arm, self.data, self.cell.batch_size)
         return measured
 
     def _extra_step(self) -> Callable[[nn.Module], float]:
         """A function that takes one more step with a copy of the model, at rate 0, and returns its seconds."""
-        inputs, targets = self.data.train.take(self.order.batch(0))
+        inputs, targets = self._batch(0)
         optimizers: dict[int, torch.optim.Optimizer] = {}
 
         def take_step(model: nn.Module) -> float:
             if id(model) not in optimizers:
                 optimizers[id(model)] = build_optimizer(self.experiment, self.cell.trained_arm, model, 0.0)
-            return self._take_step(model, optimizers[id(model)], inputs, targets)[1]
+            return self._take_step(model, optimizers[id(model)], inputs, targets).seconds
 
         return take_step
 
 
 def train(
-    cell: Cell, experiment: Experiment, data: Data, directory: Path, checkpoint_seconds: float = 2.0
+    cell: Cell,
+    experiment: Experiment,
+    data: Data,
+    directory: Path,
+    checkpoint_seconds: float = 2.0,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Trains one cell in its directory, from its checkpoint if it has one; returns the measured part of status.json."""
-    return Run(cell, experiment, data, directory, checkpoint_seconds).go()
+    return Run(cell, experiment, data, directory, checkpoint_seconds, ranks).go()

@@ -20,6 +20,7 @@ from normkit.lab.cell import Cell
 from normkit.lab.data import Data, as_data
 from normkit.lab.experiment import Experiment
 from normkit.lab.load import Source
+from normkit.lab.together import train_together
 from normkit.lab.train import train
 from normkit.vocabulary.record import read_json, write_json
 
@@ -49,10 +50,13 @@ def run_cell(
         write_json(place / "status.json", begun)
         closing.forget_greatest_memory()
         try:
-            measured = train(cell, source.load(cell.options), data_of(source, cell), place, checkpoint_seconds)
+            if cell.arm.processes > 1:
+                measured = train_together(source, cell, place)
+            else:
+                measured = train(cell, source.load(cell.options), data_of(source, cell), place, checkpoint_seconds)
         except Exception as error:
             measured = failure(f"{type(error).__name__}: {error}", traceback.format_exc())
-        ended = begun | measured | {"peak_memory_mb": closing.greatest_memory_mb()}
+        ended = begun | {"peak_memory_mb": closing.greatest_memory_mb()} | measured
         write_json(place / "status.json", ended)
         checkpoint.remove(place)
         return ended

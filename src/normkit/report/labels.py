@@ -13,6 +13,12 @@ NORMS = {
     "instance": "instance norm",
     "dyt": "DyT",
 }
+POLICIES = {
+    "ghost": "ghost batch norm",
+    "renorm": "batch renorm",
+    "movingaverage": "moving-average batch norm",
+    "synchronized": "synchronised batch norm",
+}
 ALIASES = {"bn": "batch", "ln": "layer", "gn": "group", "in": "instance", "identity": "none"}
 OPTIMIZERS = {"sgd": "SGD", "momentum": "momentum", "adam": "Adam", "adamw": "AdamW"}
 
@@ -20,11 +26,9 @@ OPTIMIZERS = {"sgd": "SGD", "momentum": "momentum", "adam": "Adam", "adamw": "Ad
 def label(arm: str) -> str:
     """The arm in words; a name that is no composition of known parts (a user's own) stays as it is."""
     norm, *options = arm.split("+")
-    kind, _, groups = norm.partition(":")
-    kind = _kind(kind)
-    if kind not in NORMS or (groups and kind != "group"):
+    words = _norm(norm)
+    if not words:
         return arm
-    words = NORMS[kind] + (f" ({groups} groups)" if groups else "")
     additions = []
     for option in options:
         key, _, value = option.partition(":")
@@ -36,9 +40,26 @@ def label(arm: str) -> str:
             additions.append(f"initial gain {value}")
         elif key == "placement" and value in ("before", "after"):
             words += f" {value} the activation"
+        elif key == "processes" and value:
+            words += f" over {value} processes"
+        elif key == "running" and value:
+            additions.append(f"a share of {value} in running statistics")
         else:
             return arm
     return f"{words} with {' and '.join(additions)}" if additions else words
+
+
+def _norm(norm: str) -> str:
+    """The norm with its argument or policy in words; "" where there are none."""
+    kind, _, rest = norm.partition(":")
+    kind = _kind(kind)
+    if not rest:
+        return NORMS.get(kind, "")
+    if kind == "group":
+        return f"{NORMS[kind]} ({rest} groups)"
+    policy, *values = rest.split(":")
+    words = POLICIES.get(policy.lower().replace("_", ""), "") if kind == "batch" else ""
+    return f"{words} ({', '.join(values)})" if words and values else words
 
 
 def _kind(norm: str) -> str:

@@ -45,12 +45,18 @@ def methods(summary: dict[str, Any]) -> dict[str, str]:
             Milliseconds per step is the median duration of an optimizer step; share in norms the part spent in
             normalization layers, measured on extra steps after the run, back to back and with identities in their
             place, so it need not agree to the percent with the difference between two arms; memory the greatest
-            resident memory of the process. All are medians over final runs, taken while as many runs went on at once
-            as the environment says.""",
+            resident memory of the process. CPU milliseconds are those of the processor, of all processes of a run
+            together: waiting and other programs are not in them. All are medians over final runs, taken while as many
+            runs went on at once as the environment says.""",
         "Curves": """
             The line is the median of the seeds, the band reaches from the worst to the best seed. A run that
             diverged is drawn to its last finite value (×). By seconds, each point stands at the median seconds of
             its step.""",
+        "Statistics at test time": """
+            Exact: the training set (at most 1024 samples) goes through the trained network as one batch, each
+            batch norm takes the mean and variance of what reaches it, and the test data are evaluated with those.
+            Test batch: in evaluation, but for the norms, which normalise each part of the test data, of the size of
+            a training batch or a little more, by itself. A moving-average norm takes mean squares in both.""",
         "Dead units, variance ratio": """
             Dead units: share of ReLU units that are zero on the whole test set. Variance ratio: with dropout, the
             variance of a norm layer's input in evaluation over that in training, lowest and highest over the

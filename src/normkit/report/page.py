@@ -33,6 +33,12 @@ GRADIENT_NOTE = (
     "means that some layers hardly learn."
 )
 
+AT_TEST_NOTE = (
+    "The same trained weights, on test data: with the running statistics, as the table above; with statistics computed "
+    "anew over the training set; with those of the test batch. In brackets behind the difference to the first, paired "
+    "by seed, 95 %."
+)
+
 LIKE_NOTE = (
     "Like for like: each arm against the network without a norm that has the same optimizer, dropout and initial gain."
 )
@@ -44,6 +50,7 @@ def document(summary: Summary) -> Document:
     sections = [
         Section("answer", "Answer", _answer(summary)),
         Section("table", "Table", _table(summary)),
+        *_at_test(summary),
         Section("learning", "Learning curves", _learning(summary)),
         Section("rates", "Learning-rate sensitivity", _rates(summary)),
         Section("inside", "What happens inside", _inside(summary)),
@@ -79,6 +86,12 @@ def _table(summary: Summary) -> list[Block]:
         tables.table(summary, tables.race_columns(summary)),
         *like_for_like,
     ]
+
+
+def _at_test(summary: Summary) -> list[Section]:
+    """Only where somebody has measured it: records older than the question have no such section."""
+    found = tables.at_test(summary)
+    return [Section("at-test", "Statistics at test time", [Text(AT_TEST_NOTE, "note"), found])] if found else []
 
 
 def _legend(summary: Summary) -> Legend:
@@ -145,7 +158,7 @@ def _inside(summary: Summary) -> list[Block]:
 
 
 def _cost(summary: Summary) -> list[Block]:
-    return [*_per_point(summary, "cost", step_cost), tables.table(summary, tables.COST)]
+    return [*_per_point(summary, "cost", step_cost), tables.table(summary, tables.cost_columns(summary))]
 
 
 def _methods(summary: Summary) -> list[Block]:

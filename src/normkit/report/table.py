@@ -58,19 +58,32 @@ UNFINISHED = Column("unfinished", lambda a, m: n.count(a["runs"]["unfinished"]))
 MS = Column("ms per step", lambda a, m: n.significant(a["ms_per_step"]))
 SHARE = Column("in norms", lambda a, m: n.share(a["norm_share"]))
 PARAMETERS = Column("parameters", lambda a, m: n.NOTHING if a["parameters"] is None else f"{a['parameters']:,.0f}")
+CPU = Column("CPU ms per step", lambda a, m: n.significant(a.get("cpu_ms_per_step")))
 MEMORY = Column(
     "peak memory, MB", lambda a, m: n.NOTHING if a["peak_memory_mb"] is None else f"{a['peak_memory_mb']:.0f}"
 )
 DEAD = Column("dead units", lambda a, m: n.share(a["dead_units"]))
 AGAINST = Column("against", lambda a, m: label(a["against"]))
+EXACT = Column("exact statistics", lambda a, m: _elsewhere(a, m, "test_exact"))
+BY_BATCH = Column("statistics of the test batch", lambda a, m: _elsewhere(a, m, "test_batch"))
 VARIANCE = Column("variance, evaluation / training", lambda a, m: variance_ratio(a["variance_ratio"]))
+
+RUNNING = replace(TEST, header="running statistics")
 
 RESULTS = (RATE, STEPS, FEWER, SECONDS, LESS, TEST, GAP)
 RACE = (REACHED, CENSORED, DIVERGED, USABLE, STABLE)
 LIKE_FOR_LIKE = (AGAINST, FEWER, LESS, GAP)
-COST = (MS, SHARE, PARAMETERS, MEMORY)
+AT_TEST = (RUNNING, EXACT, BY_BATCH)
 IN_A_SWEEP = (STEPS, FEWER, SECONDS, LESS, TEST, DIVERGED)
 TERMINAL = (RATE, STEPS, FEWER, SECONDS, LESS, TEST, USABLE, DIVERGED, MS)
+
+
+def _elsewhere(arm: Arm, about: dict[str, Any], key: str) -> str:
+    """A test metric with other statistics, and its difference to the one with running statistics."""
+    found = arm.get(key)
+    if not found or found["mean"] is None:
+        return n.NOTHING
+    return f"{n.metric_interval(found, about)} ({n.difference(found['difference'], about)})"
 
 
 def variance_ratio(layers: dict[str, float | None] | None) -> str:
@@ -121,6 +134,21 @@ def extras(summary: dict[str, Any]) -> tuple[Column, ...]:
     arms = [arm for point in summary["points"] for arm in point["arms"]]
     wanted = ((DEAD, "dead_units"), (VARIANCE, "variance_ratio"))
     return tuple(column for column, key in wanted if any(arm[key] is not None for arm in arms))
+
+
+def cost_columns(summary: dict[str, Any]) -> tuple[Column, ...]:
+    """What a step costs; by the processor where it was recorded."""
+    measured = any(arm.get("cpu_ms_per_step") for point in summary["points"] for arm in point["arms"])
+    return (MS, *([CPU] if measured else []), SHARE, PARAMETERS, MEMORY)
+
+
+def at_test(summary: dict[str, Any]) -> Table | None:
+    """Test metric by the statistics used in evaluation; None where no arm has running statistics, or none was asked."""
+    points = [
+        point | {"arms": [arm for arm in point["arms"] if (arm.get("test_exact") or {}).get("mean") is not None]}
+        for point in summary["points"]
+    ]
+    return table(summary | {"points": points}, AT_TEST) if any(point["arms"] for point in points) else None
 
 
 def like_for_like(summary: dict[str, Any]) -> Table | None:

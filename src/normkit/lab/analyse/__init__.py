@@ -50,7 +50,7 @@ def _point(run: RunDirectory, value: Any, points: int) -> dict[str, Any]:
     baseline = cells[experiment["baseline"]]
     arms = []
     for name in names:
-        arm = {"name": name, **describe(cells[name], _chosen(experiment, name, value), points)}
+        arm = {"name": name, **describe(cells[name], _chosen(experiment, name, value), points, higher)}
         if name != experiment["baseline"]:
             arm |= compare(baseline, cells[name], higher)
         if partner := partner_of(experiment, name):
@@ -91,6 +91,7 @@ def _run(cell: Record) -> dict[str, Any]:
     row |= {key: config[key] for key in ("phase", "lr", "seed")}
     measured = ("state", "reason", "attempts", "steps", "train_seconds", "steps_to_target", "seconds_to_target")
     row |= {key: status.get(key) for key in (*measured, "best_validation", "test", "ms_per_step")}
+    row |= {key: status[key] for key in ("cpu_seconds", "test_exact", "test_batch") if status.get(key) is not None}
     if status.get("traceback"):
         row["traceback"] = status["traceback"]
     return row

@@ -29,7 +29,9 @@ class ArmCells:
         return {seed: cell for seed, cell in self.final.items() if cell.state in ("done", "diverged")}
 
 
-def describe(cells: ArmCells, chosen: dict[str, Any] | None, points: int) -> dict[str, Any]:
+def describe(
+    cells: ArmCells, chosen: dict[str, Any] | None, points: int, higher_is_better: bool = True
+) -> dict[str, Any]:
     """Everything about an arm that needs no other arm."""
     ran = list(cells.outcomes.values())
     tests = [value for value in (number(cell, "test") for cell in ran) if value is not None]
@@ -42,10 +44,12 @@ def describe(cells: ArmCells, chosen: dict[str, Any] | None, points: int) -> dic
         "steps_to_target": median_finish([_steps(cell) for cell in ran]),
         "seconds_to_target": median_finish([_seconds(cell) for cell in ran]),
         "test": {"mean": mean, "low": low, "high": high, "n": len(tests)},
+        **{key: _elsewhere(ran, key, higher_is_better) for key in ("test_exact", "test_batch")},
         "usable_rates": usable_range(rows),
         "stable_rates": stable_range(rows),
         "search": rows,
         **{key: middle(number(cell, key) for cell in ran) for key in ("ms_per_step", "norm_share", "dead_units")},
+        "cpu_ms_per_step": middle(_cpu_ms(cell) for cell in ran),
         "parameters": middle(number(cell, "parameters") for cell in ran),
         "peak_memory_mb": middle(number(cell, "peak_memory_mb") for cell in ran),
         "variance_ratio": _variance_ratio(ran),
@@ -106,6 +110,22 @@ def _counts(cells: ArmCells) -> dict[str, int]:
         "failed": failed,
         "unfinished": cells.planned - len(ran) - failed,
     }
+
+
+def _elsewhere(ran: Sequence[Record], key: str, higher_is_better: bool) -> dict[str, Any] | None:
+    """The test metric with other statistics, and its difference to the one with running statistics, seed by seed."""
+    pairs = [(number(cell, "test"), number(cell, key)) for cell in ran]
+    both = [(running, other) for running, other in pairs if running is not None and other is not None]
+    if not both:
+        return None
+    mean, low, high = mean_interval([other for _, other in both])
+    gap = paired_difference([running for running, _ in both], [other for _, other in both], higher_is_better)
+    return {"mean": mean, "low": low, "high": high, "n": len(both), "difference": gap}
+
+
+def _cpu_ms(cell: Record) -> float | None:
+    spent, taken = number(cell, "cpu_seconds"), number(cell, "steps")
+    return 1e3 * spent / taken if spent and taken else None
 
 
 def _steps(cell: Record) -> Finish:

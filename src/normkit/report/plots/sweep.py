@@ -34,6 +34,12 @@ def _variance(arm: dict[str, Any]) -> Triple:
     return (known[len(known) // 2], known[0], known[-1]) if known else (None, None, None)
 
 
+def _exact(arm: dict[str, Any]) -> Triple:
+    """With statistics computed anew; an arm without running statistics is what it is."""
+    found = arm["test"] if arm.get("test_exact") is None else arm["test_exact"]
+    return found["mean"], found["low"], found["high"]
+
+
 def over_the_knob(summary: dict[str, Any]) -> list[Figure]:
     """The figures that have something to show, in the order of the page."""
     about = summary["experiment"]["metric"]
@@ -48,6 +54,13 @@ def over_the_knob(summary: dict[str, Any]) -> list[Figure]:
             metric_label(about, "Test"),
             metric_label(about, "test"),
             lambda arm: (arm["test"]["mean"], arm["test"]["low"], arm["test"]["high"]),
+            "metric",
+        ),
+        (
+            "sweep-exact",
+            f"{metric_label(about, 'Test')}, exact statistics",
+            metric_label(about, "test"),
+            _exact,
             "metric",
         ),
         ("sweep-cost", "Milliseconds per step", "ms per step", lambda arm: (arm["ms_per_step"], None, None), "zero"),
@@ -66,7 +79,8 @@ def over_the_knob(summary: dict[str, Any]) -> list[Figure]:
             "ratio",
         ),
     ]
-    figures = [_panel(summary, *panel) for panel in panels]
+    asked = any(arm.get("test_exact") for point in summary["points"] for arm in point["arms"])
+    figures = [_panel(summary, *panel) for panel in panels if asked or panel[0] != "sweep-exact"]
     return [figure for figure in figures if figure is not None]
 
 
