@@ -139,6 +139,8 @@ def normalize(
     ``mask`` broadcasts against ``x``: only where it is True do values enter the statistics; elsewhere the output is 0.
     Input and residual are 0 there already: what is there may be NaN, and ``by_torch`` has the input at hand.
     """
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(_misfit(spec, x, residual))
     if mask is not None:
         call = Call(spec, x, weight, bias, by_torch, **details)
         if masked.divides(call, mask):
@@ -147,30 +149,45 @@ def normalize(
         following: dict[str, Any] = {"residual": residual, "activation": activation, "backend": backend}
         return torch.where(mask, normalize(spec, x, weight, bias, by_torch=by_torch, **following, **details), 0)
     name = backend or _active
-    fused = residual is not None or activation is not None
-    save_output = details.get("save_output", False) and not torch.compiler.is_compiling()  # compilers choose themselves
-    direct = not save_output and (
-        name == "torch"
-        or (name == "auto" and (_torch_is_alone() or _torch_is_faster(spec, details.get("over"), x, fused)))
-    )
-    if residual is not None and residual.shape != x.shape:
-        raise ValueError(_misfit(spec, x, residual))
+    followed = residual is not None or activation is not None
     try:
-        if direct and _recording is None:  # nobody else has a say: skip the bookkeeping, which small tensors would feel
-            fresh = fused and _is_fresh(spec) and "counted" not in details
-            return epilogue.apply(by_torch(), residual, activation, fresh=fresh)
-        call = Call(spec, x, weight, bias, by_torch, residual=residual, activation=activation, **details)
-        if _recording is not None and _recorder == threading.get_ident():
-            _recording.append(call)
-            raise _Recorded
-        chosen = _choose(call, name)
-        if save_output and chosen is not REFERENCE and output_saved.applies(call):
-            return output_saved.run(call, by_kernel=chosen is NATIVE)
-        return chosen.run(call)
+        if name == "torch" and not followed and _recording is None and "save_output" not in details:
+            return by_torch()  # nothing to decide and nothing to follow: on a megabyte every further line would show
+        return _decided(name, spec, x, weight, bias, by_torch, residual, activation, **details)
     except (RuntimeError, ValueError, TypeError) as error:
         if type(error) not in (RuntimeError, ValueError, TypeError):
             raise  # out of memory and the like speak for themselves
         raise type(error)(_in_context(error, Call(spec, x, weight, bias, by_torch, **details))) from error
+
+
+def _decided(
+    name: str,
+    spec: Spec,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    by_torch: Callable[[], Tensor],
+    residual: Tensor | None,
+    activation: epilogue.Activation,
+    **details: Any,
+) -> Tensor:
+    """Whichever backend has to, with what follows the norm."""
+    followed = residual is not None or activation is not None
+    save_output = details.get("save_output", False) and not torch.compiler.is_compiling()  # compilers choose themselves
+    if not save_output and _recording is None and _torch_at_once(name, spec, details.get("over"), x, followed):
+        # nobody else has a say: skip the bookkeeping, which small tensors would feel
+        if not followed:
+            return by_torch()
+        fresh = _is_fresh(spec) and "counted" not in details
+        return epilogue.apply(by_torch(), residual, activation, fresh=fresh)
+    call = Call(spec, x, weight, bias, by_torch, residual=residual, activation=activation, **details)
+    if _recording is not None and _recorder == threading.get_ident():
+        _recording.append(call)
+        raise _Recorded
+    chosen = _choose(call, name)
+    if save_output and chosen is not REFERENCE and output_saved.applies(call):
+        return output_saved.run(call, by_kernel=chosen is NATIVE)
+    return chosen.run(call)
 
 
 def phases(call: Call, backend: str | None = None) -> Callable[..., tuple[Tensor, Any]] | None:
@@ -194,14 +211,9 @@ def phases(call: Call, backend: str | None = None) -> Callable[..., tuple[Tensor
     return functools.partial(halves.run, halves.halves_for(call, against))
 
 
-def settle(running: tuple[Tensor, Tensor], proposed: tuple[Tensor, Tensor]) -> bool | None:
-    """Move running statistics if all that is proposed is finite, by a kernel; ``None``: there is none for these."""
-    return None if loading.module is None or torch.compiler.is_compiling() else native.settle(running, proposed)
-
-
-def count(counter: Tensor) -> None:
-    """Add one to a counter on the CPU: a torch operator takes as long as the rest of a small forward pass."""
-    native.count(counter)
+settle = native.settle
+"""Move running statistics if all that is proposed is finite, by a kernel: a dozen of torch's operators take longer than
+the rest of a small forward pass."""
 
 
 def may_be_read(number: Tensor) -> bool:
@@ -217,18 +229,22 @@ def _is_fresh(spec: Spec) -> bool:
     return spec.over is not None and not halves.watched()
 
 
-def _torch_is_alone() -> bool:
-    """No kernel has a say: none is there, or a compiler is looking and wants torch's operators."""
+def _torch_at_once(name: str, spec: Spec, over: str | None, x: Tensor, followed: bool) -> bool:
+    """Whether torch's operators run without a call being put together for the kernels to look at.
+
+    They were asked for; a compiler looks on and wants them; no kernel is there; or the kernels' own rule says that
+    torch is faster at this size.
+    """
+    if name != "auto":
+        return name == "torch"
     if torch.compiler.is_compiling():
         return True
     first = next(iter(BACKENDS.values()))
-    return first is TORCH or (loading.module is None and first is NATIVE and len(BACKENDS) == 3)
-
-
-def _torch_is_faster(spec: Spec, over: str | None, x: Tensor, fused: bool) -> bool:
-    """The kernels' own rule, asked before a call is even put together."""
-    first = next(iter(BACKENDS))
-    return first == "native" and native.torch_is_faster(over or spec.over, spec.center, x.numel(), fused)
+    if first is not NATIVE:
+        return first is TORCH
+    if loading.module is None:
+        return len(BACKENDS) == 3
+    return native.torch_is_faster(over or spec.over, spec.center, x.numel(), followed)
 
 
 def _choose(call: Call, name: str) -> Backend:

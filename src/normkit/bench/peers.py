@@ -114,7 +114,8 @@ def ours(case: Case, dtype: torch.dtype, given: Inputs, backend: str | None = No
     own = layer(case, dtype, str(given.x.device), activation=case.activation, backend=backend)
     runs = nk.explain(own, given.x, residual=given.residual).backend
     name = "normkit" if backend is None else f"normkit:{backend}"
-    return Peer(name, lambda x, residual: own(x, residual=residual), own, runs)
+    call = lambda x, residual: own(x) if residual is None else own(x, residual=residual)
+    return Peer(name, call, own, runs)
 
 
 def peers(

@@ -120,7 +120,7 @@ class Kernel {
 };
 
 // Copies what is proposed into the running statistics, unless a variance among it is NaN or infinite; true: it did.
-template <class N> bool settle(N* mean, N* var, const N* new_mean, const N* new_var, int64_t n) {
+template <class N> bool settled(N* mean, N* var, const N* new_mean, const N* new_var, int64_t n) {
     for (int64_t i = 0; i < n; ++i)
         if (!std::isfinite(new_var[i])) return false;
     std::memcpy(mean, new_mean, sizeof(N) * static_cast<size_t>(n));
@@ -128,10 +128,14 @@ template <class N> bool settle(N* mean, N* var, const N* new_mean, const N* new_
     return true;
 }
 
-bool settle_any(bool wide, uintptr_t mean, uintptr_t var, uintptr_t new_mean, uintptr_t new_var, int64_t n) {
-    if (wide)
-        return settle(pointer<double>(mean), pointer<double>(var), pointer<double>(new_mean), pointer<double>(new_var), n);
-    return settle(pointer<float>(mean), pointer<float>(var), pointer<float>(new_mean), pointer<float>(new_var), n);
+// Running statistics move to what is proposed if all of it is finite, and one of the counters goes up by one.
+void settle(bool wide, uintptr_t mean, uintptr_t var, uintptr_t new_mean, uintptr_t new_var, int64_t n,
+            uintptr_t tracked, uintptr_t skipped) {
+    const bool moved = wide ? settled(pointer<double>(mean), pointer<double>(var), pointer<double>(new_mean),
+                                      pointer<double>(new_var), n)
+                            : settled(pointer<float>(mean), pointer<float>(var), pointer<float>(new_mean),
+                                      pointer<float>(new_var), n);
+    if (const uintptr_t counter = moved ? tracked : skipped) ++*pointer<int64_t>(counter);
 }
 
 }  // namespace
@@ -146,8 +150,7 @@ NB_MODULE(_native, m) {
         .def("moments", &Kernel::moments)
         .def("normalise", &Kernel::normalise)
         .def("backward", &Kernel::backward);
-    m.def("settle", &settle_any);
-    m.def("count", [](uintptr_t counter) { ++*pointer<int64_t>(counter); });
+    m.def("settle", &settle);
     m.def("isa", [] { return std::string(isa()); });
     m.def("stream_above", &stream_above);
     m.def("set_stream_above", &set_stream_above);

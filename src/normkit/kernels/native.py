@@ -83,33 +83,41 @@ def _is_watched() -> bool:
     )
 
 
-def settle(running: tuple[Tensor, Tensor], proposed: tuple[Tensor, Tensor]) -> bool | None:
-    """Copy what is proposed into the running mean and variance, if every variance is finite; whether it was.
+def settle(
+    mean: Tensor, var: Tensor, new_mean: Tensor, new_var: Tensor, tracked: Tensor | None, skipped: Tensor | None
+) -> bool:
+    """Copy what is proposed into the running mean and variance, if every variance is finite, and count the batch.
 
-    ``None``: not a case for these kernels.
+    False: not a case for these kernels, and nothing has been done.
     """
-    mean, var = running
-    new_mean, new_var = proposed
     dtype = var.dtype
     if (
-        type(mean) is not Tensor
+        loading.module is None
+        or type(mean) is not Tensor
         or not mean.is_cpu
         or dtype not in (torch.float32, torch.float64)
         or not (mean.dtype == new_mean.dtype == new_var.dtype == dtype)
         or not (mean.is_contiguous() and var.is_contiguous())
+        or not (_counts(tracked) and _counts(skipped))
+        or torch.compiler.is_compiling()
         or _is_watched()
     ):
-        return None
-    addresses = mean.data_ptr(), var.data_ptr(), new_mean.data_ptr(), new_var.data_ptr()
-    return loading.module.settle(dtype == torch.float64, *addresses, var.numel())
+        return False
+    loading.module.settle(
+        dtype == torch.float64,
+        mean.data_ptr(),
+        var.data_ptr(),
+        new_mean.data_ptr(),
+        new_var.data_ptr(),
+        var.numel(),
+        _address(tracked),
+        _address(skipped),
+    )
+    return True
 
 
-def count(counter: Tensor) -> None:
-    """Add one to an integer on the CPU."""
-    if counter.dtype == torch.int64 and counter.is_cpu:
-        loading.module.count(counter.data_ptr())
-    else:
-        counter.add_(1)
+def _counts(counter: Tensor | None) -> bool:
+    return counter is None or (counter.dtype == torch.int64 and counter.is_cpu)
 
 
 def run(call: Call) -> Tensor:
@@ -180,7 +188,7 @@ class _Normalize(torch.autograd.Function):
         if dy is None:
             return (None,) * 8
         if torch.is_grad_enabled() or _is_watched():
-            return (*_differentiable(ctx, dy), None, None, None, None)
+            return (*_differentiable(ctx, dy, _signs), None, None, None, None)
         plan: Plan = ctx.plan
         x, weight, bias, residual, stats, bits = ctx.saved_tensors
         x = alike(x, x, plan.strides)  # hooks on saved tensors may have laid it out anew
@@ -221,7 +229,7 @@ _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def _differentiable(ctx: Any, dy: Tensor) -> list[Tensor | None]:
+def _differentiable(ctx: Any, dy: Tensor, signs_of: Callable[..., Tensor]) -> list[Tensor | None]:
     """The same gradients out of torch's operators, so that they can be differentiated again."""
     plan: Plan = ctx.plan
     x, weight, bias, residual, stats, bits = ctx.saved_tensors
@@ -230,9 +238,9 @@ def _differentiable(ctx: Any, dy: Tensor) -> list[Tensor | None]:
     with torch.enable_grad():
         for i in wanted:
             if inputs[i] is None:  # the gradients do not depend on this bias or residual: zero stands for it
-                zero = torch.zeros_like(x) if i == 3 else torch.zeros(plan.parameters, dtype=ctx.bias_type)
+                zero = torch.zeros_like(x) if i == 3 else x.new_zeros(plan.parameters, dtype=ctx.bias_type)
                 inputs[i] = zero.requires_grad_()
-        signs = None if bits is None else _signs(plan, alike(x, x, plan.strides), stats, bits)
+        signs = None if bits is None else signs_of(plan, alike(x, x, plan.strides), stats, bits)
         y = _composite(plan, (x, *inputs[1:]), stats, ctx.eps, signs)
         grads = torch.autograd.grad(y, [inputs[i] for i in wanted], dy, create_graph=True)
     out: list[Tensor | None] = [None] * 4

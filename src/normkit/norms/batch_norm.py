@@ -131,7 +131,9 @@ class _BatchNorm(Norm, RunningStatistics):
         plain = policy is PLAIN or policy == PLAIN  # a copy of a layer has a copy of its policy
         if not plain or mask is not None or lengths is not None or step is not None:
             return self._by_policy(input, residual, mask, lengths, step)
-        details: dict[str, Any] = {"residual": residual, "activation": self.activation, "backend": self.backend}
+        details: dict[str, Any] = {"activation": self.activation, "backend": self.backend}
+        if residual is not None:
+            details["residual"] = residual
         if self.save == "output":
             details["save_output"] = True
         learning = self.training and not self.frozen

@@ -143,7 +143,7 @@ class GroupNorm(Norm, nn.GroupNorm, spec=SPEC):
         super().__init__(num_groups, num_channels, eps, affine, device, dtype)
         self._set_bias(bias)
         self._set_options(activation, backend)
-        self._warned = False
+        self._watchful = num_groups == num_channels  # otherwise no group can hold a single value
 
     @classmethod
     def for_channels(cls, num_channels: int, *, dim: int, num_groups: int = 32, **options: Any) -> nn.Module:
@@ -173,14 +173,14 @@ class GroupNorm(Norm, nn.GroupNorm, spec=SPEC):
             lengths=lengths,
             backend=self.backend,
         )
-        if not self._warned and not torch.compiler.is_compiling():
+        if self._watchful and not torch.compiler.is_compiling():
             self._warn_of_single_values(input)
         return y
 
     def _warn_of_single_values(self, input: Tensor) -> None:
-        if self.num_groups < self.num_channels or input.dim() < 2 or input.shape[2:].numel() != 1:
+        if input.dim() < 2 or input.shape[2:].numel() != 1:
             return
-        self._warned = True
+        self._watchful = False
         warnings.warn(
             f"GroupNorm: every group holds a single value (input {tuple(input.shape)}, num_groups={self.num_groups}), "
             "so the output is the bias and the input is lost. Choose fewer groups.",

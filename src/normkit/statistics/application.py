@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import has_torch_function_variadic
 
 from normkit import epilogue
 from normkit.dispatch import Call, normalize, phases
@@ -48,7 +49,12 @@ def normalise(
         if not by_batch and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # The backward pass reads them again, and a training step in between moves the originals.
             mean, var = (kept if kept is None else kept.clone() for kept in (mean, var))
-        return unambiguous(F.batch_norm(x, mean, var, weight, bias, by_batch, momentum, eps=eps))
+        watched = torch.compiler.is_compiling() or has_torch_function_variadic(x, mean, var, weight, bias)
+        if watched or not by_batch or eps <= 0 or x.numel() <= x.shape[1]:
+            return unambiguous(F.batch_norm(x, mean, var, weight, bias, by_batch, momentum, eps=eps))
+        # The same without its checks in Python, which take as long as all that is ours around it.
+        cudnn = torch._C._get_cudnn_enabled()
+        return unambiguous(torch.batch_norm(x, weight, bias, mean, var, True, momentum, eps, cudnn))
 
     return normalize(
         spec,

@@ -106,10 +106,11 @@ class Kept:
         if self.still:
             return
         weighted = self.momentum is None and count is not None
-        if share is None and not weighted and (settled := dispatch.settle((self.mean, self.var), proposed)) is not None:
-            counter = self.tracked if settled else self.skipped
-            if counter is not None:
-                dispatch.count(counter)
+        if (
+            share is None
+            and not weighted
+            and dispatch.settle(self.mean, self.var, *proposed, self.tracked, self.skipped)
+        ):
             return
         self._move(proposed, share, count if weighted else None, self._first())
 
