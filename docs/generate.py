@@ -21,7 +21,7 @@ from normkit.laws import LAWS
 from normkit.report import bench_summary, bench_synchronized
 from normkit.report.words import verdict
 from normkit.vocabulary.record import read_lines
-from normkit.vocabulary.spec import REGISTRY, Family, Spec
+from normkit.vocabulary.spec import REGISTRY, Family, Spec, pooled
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = "python docs/generate.py"
@@ -56,7 +56,7 @@ def law_table(link: str) -> str:
     for family in families():
         spec = family.spec
         marks = [HOLDS if law in spec.laws else BROKEN for law in LAWS]
-        rows.append([f"[{spec.name}]({link}#{spec.name})", f"`{spec.over}`" if spec.over else "nothing", *marks])
+        rows.append([f"[{spec.name}]({link}#{spec.name})", f"`{spec.over}`" if spec.over else pooled(spec), *marks])
     return table(["norm", "pools over", *(name.replace("_", " ") for name in LAWS)], rows)
 
 
@@ -107,7 +107,7 @@ def facts(family: Family) -> str:
         ("layer", ", ".join(f"`nk.{cls.__name__}`" for cls in sorted(classes, key=_by_size))),
         ("function", f"`nk.functional.{spec.name}`"),
         ("as a name", ", ".join([f"`{spec.name}`", *aliases]) + (f"; {shorthand}" if shorthand else "")),
-        ("pools over", f"`{spec.over}`: {centred}" if spec.over else "nothing"),
+        ("pools over", f"`{spec.over}`: {centred}" if spec.over else pooled(spec)),
         ("drop-in for", twins(family) or "no layer of torch"),
         ("laws", ", ".join(laws) or "none"),
         ("paper", spec.paper or "none"),

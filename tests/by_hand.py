@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from math import log
+from math import log, pi, sqrt
 from typing import Any
 
 from torch import nn
@@ -155,6 +155,84 @@ EXAMPLES = (
         of_x=[[2 * log(3), 3 * log(3), 0]],
         parameters={"alpha": [log(3) / 2], "weight": [4, 4, 4], "bias": [1, 1, 1]},
         gradients={"weight": [0, 1, 0], "bias": [1, 2, 0], "alpha": [6]},
+    ),
+    # alpha x + shift = 2 x + 2 is 0, 0 and so large that erf is 1. The slope of erf at 0 is 2 / sqrt(pi), far off 0.
+    # dx = upstream * 4 * 2 * slope; alpha: the sum of upstream * 4 * slope * x = (-4 - 8) slope; shift: (4 + 8) slope.
+    Example(
+        "derf",
+        lambda: nk.Derf(3),
+        x=[[-1, -1, 100]],
+        y=[[1, 1, 5]],
+        upstream=[[1, 2, 3]],
+        of_x=[[16 / sqrt(pi), 32 / sqrt(pi), 0]],
+        parameters={"alpha": [2], "shift": [2], "weight": [4, 4, 4], "bias": [1, 1, 1]},
+        gradients={"weight": [0, 0, 3], "bias": [1, 2, 3], "alpha": [-24 / sqrt(pi)], "shift": [24 / sqrt(pi)]},
+    ),
+    # Mean square (1 + 49) / 2 = 25, root 5, h = 1/5 7/5; weight 5, bias 1. g = 25 0, mean(g h) = 5/2,
+    # dx = (g - 5/2 h) / 5 = 49/10, -7/10. Weight: 5 * 1/5; bias: 5.
+    Example(
+        "filter_response_norm",
+        lambda: nk.FilterResponseNorm(1, eps=0.0),
+        x=[[[1, 7]]],
+        y=[[[2, 8]]],
+        upstream=[[[5, 0]]],
+        of_x=[[[4.9, -0.7]]],
+        parameters={"weight": [5], "bias": [1]},
+        gradients={"weight": [1], "bias": [5]},
+    ),
+    # Sizes 5 and 15, mean 10, shares 1/2 and 3/2. Channel 0: x/2 * 2 + x = 6 8; channel 1: 15 * 3/2 * 4 + 15 = 105.
+    # Upstream only at the 3: share 0 receives 2 * 3 = 6, so size 0 receives 6/10 - 6 * 5/100 / 2 = 0.45 and size 1
+    # -0.15; each size spreads by x / size: 3/5 4/5 and 0 1. At the 3 itself come 1 + 2 * 1/2. Weight: 3 * 1/2.
+    Example(
+        "global_response_norm",
+        lambda: nk.GlobalResponseNorm(2, eps=0.0),
+        x=[[[3, 4], [0, 15]]],
+        y=[[[6, 8], [0, 105]]],
+        upstream=[[[1, 0], [0, 0]]],
+        of_x=[[[2.27, 0.36], [0, -0.15]]],
+        parameters={"weight": [2, 4]},
+        gradients={"weight": [1.5, 0], "bias": [1, 0]},
+    ),
+    # v = 0: the swish is x / 2, and its slope 1/2. Mean 4, deviation 2: y = 1/2 3/2, times 2, plus 1.
+    # L = 4 * 2 * x0 / (2 dev) = 4 x0 / dev; dev moves by (x - 4) / (2 dev) = -1/2 1/2:
+    # dx = 4/2 - 4 * 2/4 * -1/2 = 3, and -2 * 1/2 = -1. v: 4 * 2 * 2 * 2 / 4 (slope of the sigmoid at 0) / 2 = 4.
+    Example(
+        "evonorm_s0",
+        lambda: nk.EvoNormS0(1, eps=0.0),
+        x=[[[2, 6]]],
+        y=[[[2, 4]]],
+        upstream=[[[4, 0]]],
+        of_x=[[[3, -1]]],
+        parameters={"v": [0], "weight": [2], "bias": [1]},
+        gradients={"weight": [2], "bias": [4], "v": [4]},
+    ),
+    # One sample: both deviations are 2, and with v = 1 the lines x + 2 = 4 8 are above. y = 2/4, 6/8.
+    # L = 16 x0 / (x0 + dev), dev moves by -1/2 1/2: dx = 16/4 - 16 * 2/16 * (1 - 1/2) = 3, and -2 * 1/2 = -1.
+    # v: -16 * 2/16 * 2. Running: mean 0.5 * 4, unbiased variance 8: 0.5 + 4.
+    Example(
+        "evonorm_b0 in training",
+        lambda: nk.EvoNormB0(1, eps=0.0, momentum=0.5),
+        x=[[[2, 6]]],
+        y=[[[0.5, 0.75]]],
+        upstream=[[[16, 0]]],
+        of_x=[[[3, -1]]],
+        gradients={"weight": [8], "bias": [16], "v": [-4]},
+        running={"running_mean": [2], "running_var": [4.5]},
+    ),
+    # One channel, no space: instance and layer have mean x and variance 0, the batch 2 and 1. Parts of the means
+    # 1/4 1/4 1/2: mean = x/2 + 1, x - mean = -1/2 1/2. Parts of the variances 3/8 3/8 1/4: deviation 1/2. y = -1 1.
+    # y0 = -p / sqrt(q) with the batch's parts p, q, whatever x is (dx = 0): dy0/dp = -2, dy0/dq = p / (2 q^1.5) = 2.
+    # Softmax: dp = -1/8 -1/8 1/4 and dq = -3/32 -3/32 3/16 along the logits; upstream 4.
+    Example(
+        "switchable_norm in training",
+        lambda: nk.SwitchableNorm(1, eps=0.0, momentum=0.5),
+        x=[[1], [3]],
+        y=[[-1], [1]],
+        upstream=[[4], [0]],
+        of_x=[[0], [0]],
+        parameters={"mean_logits": [log(0.5), log(0.5), 0], "var_logits": [log(1.5), log(1.5), 0]},
+        gradients={"weight": [-4], "bias": [4], "mean_logits": [1, 1, -2], "var_logits": [-0.75, -0.75, 1.5]},
+        running={"running_mean": [1], "running_var": [1.5]},
     ),
     Example(
         "identity",

@@ -384,7 +384,7 @@ class ActivationBeforeResidualGradient(Mutant):
 class RunningMutant(Mutant):
     @classmethod
     def spares(cls, use):
-        return not use.has("running_mean")
+        return not use.pools or not use.has("running_mean")
 
 
 class RunningVarianceBiased(RunningMutant):

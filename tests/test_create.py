@@ -37,6 +37,12 @@ TYPED = {
     nk.InstanceNorm2d: ("instance", "in", "IN", "IN2d", "instance_norm", "InstanceNorm2d"),
     nk.GroupNorm: ("group:4", "gn:4", "GN:4", "group_norm:4", "GroupNorm:4", "Group:4"),
     nk.DyT: ("dyt", "DyT", "dynamic_tanh", "DynamicTanh"),
+    nk.Derf: ("derf", "Derf", "dynamic_erf"),
+    nk.SwitchableNorm: ("switchable", "switchable_norm", "SwitchableNorm2d"),
+    nk.FilterResponseNorm: ("frn", "frn:tlu", "FRN", "filter_response_norm", "filter-response"),
+    nk.EvoNormB0: ("evonorm_b0", "EvoNorm-B0", "evonormb0"),
+    nk.EvoNormS0: ("evonorm_s0", "evonorm-s0:4", "EvoNormS0"),
+    nk.GlobalResponseNorm: ("grn", "GRN", "global_response_norm"),
     nk.Identity: ("none", "None", "identity", "Identity", "", None),
 }
 
@@ -116,7 +122,7 @@ def test_options_reach_the_layer():
 MISTAKES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "misspelt": (lambda: nk.create("bacth", 8), ValueError, r"no norm named 'bacth'.*\n.*did you mean 'batch_norm'"),
     "close": (lambda: nk.create("rmsnrm2d", 8), ValueError, r"did you mean 'rms_norm'"),
-    "unknown": (lambda: nk.create("xyzzy", 8), ValueError, r"choose from: batch_norm, dyt, group_norm"),
+    "unknown": (lambda: nk.create("xyzzy", 8), ValueError, r"choose from: batch_norm, derf, dyt"),
     "option": (lambda: nk.create("batch", 8, epsilon=1), ValueError | TypeError, r"no option 'epsilon'.*\n.*eps"),
     "option of another norm": (lambda: nk.create("layer", 8, momentum=0.1), TypeError, r"layer_norm has no option"),
     "no shorthand": (lambda: nk.create("layer:3", 8), ValueError, r"layer_norm takes no value after a colon"),

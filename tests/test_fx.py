@@ -127,7 +127,10 @@ def test_a_layer_traced_by_itself_goes_as_torchs_goes(twin):
     assert traced(x, residual=residual).equal(ours(x, residual=residual))
 
 
-@pytest.mark.parametrize("form", [f for f in FORMS if f.name not in ("batch_norm", "instance_norm")], ids=str)
+TRACKS = ("batch_norm", "instance_norm", "switchable_norm", "evonorm_b0")
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form.name not in TRACKS], ids=str)
 def test_a_layer_traced_by_itself_keeps_its_activation(form):
     layer = form.layer(ORDINARY, activation=nn.PReLU())
     traced = fx.symbolic_trace(layer)
@@ -151,6 +154,21 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor], Callable[[Tensor], Tensor]]] =
     "layer_norm": (nk.functional.layer_norm, lambda x: nk.functional.layer_norm(x, (4,), backend="torch")),
     "rms_norm": (nk.functional.rms_norm, lambda x: nk.functional.rms_norm(x, (6,), channels_first=True)),
     "dyt": (nk.functional.dyt, lambda x: nk.functional.dyt(x, torch.full((1,), 0.5), activation="gelu")),
+    "derf": (nk.functional.derf, lambda x: nk.functional.derf(x, torch.full((1,), 0.5), torch.ones(1))),
+    "filter_response_norm": (
+        nk.functional.filter_response_norm,
+        lambda x: nk.functional.filter_response_norm(x, activation="relu"),
+    ),
+    "global_response_norm": (nk.functional.global_response_norm, lambda x: nk.functional.global_response_norm(x)),
+    "evonorm_s0": (nk.functional.evonorm_s0, lambda x: nk.functional.evonorm_s0(x, 3, torch.ones(6))),
+    "evonorm_b0 in training": (
+        nk.functional.evonorm_b0,
+        lambda x: nk.functional.evonorm_b0(x, *RUNNING.values(), torch.ones(6), training=True),
+    ),
+    "switchable_norm in evaluation": (
+        nk.functional.switchable_norm,
+        lambda x: nk.functional.switchable_norm(x, *RUNNING.values(), torch.ones(3), torch.ones(3)),
+    ),
     "identity": (nk.functional.identity, lambda x: nk.functional.identity(x, activation=torch.relu)),
 }
 

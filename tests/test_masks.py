@@ -407,6 +407,8 @@ def test_the_functional_form_is_the_layer(form):
             given = (layer.num_groups, weight, bias, eps)
         case "layer_norm":
             given = (layer.normalized_shape, weight, bias, eps)
+        case "filter_response_norm":
+            given = (weight, bias, eps)
         case _:
             given = (layer.normalized_shape, weight, eps)
     if hasattr(layer, "channels_first"):

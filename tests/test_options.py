@@ -105,6 +105,12 @@ def test_the_functional_forms_have_the_same_options(name):
         "layer_norm": lambda m: (m.normalized_shape, m.weight, m.bias),
         "rms_norm": lambda m: (m.normalized_shape, m.weight),
         "dyt": lambda m: (m.alpha, m.weight, m.bias),
+        "derf": lambda m: (m.alpha, m.shift, m.weight, m.bias),
+        "filter_response_norm": lambda m: (m.weight, m.bias),
+        "global_response_norm": lambda m: (m.weight, m.bias),
+        "evonorm_s0": lambda m: (m.num_groups, m.v, m.weight, m.bias),
+        "evonorm_b0": lambda m: (m.running_mean, m.running_var, m.v, m.weight, m.bias),
+        "switchable_norm": lambda m: (*(m.running_mean, m.running_var, m.mean_logits, m.var_logits, m.weight, m.bias),),
         "identity": lambda m: (),
     }[name](layer)
     options = {"backend": "torch", **({"channels_first": True} if getattr(layer, "channels_first", False) else {})}

@@ -15,7 +15,8 @@ from mutants import MUTANTS, Kernel, Use, kernel_backend
 from normkit import dispatch
 from oracle import Expected, assert_matches, examine
 
-PLANE = [form for form in FORMS if form.dim == 2]
+# What no pattern says has no kernel but torch's operators, which parity holds against the truth.
+PLANE = [form for form in FORMS if form.dim == 2 and not form.spec.pools]
 WRONG = [
     pytest.param(mutant, form, dtype, id=f"{mutant.__name__}-{form}-{dtype}")
     for mutant in MUTANTS

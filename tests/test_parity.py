@@ -69,8 +69,12 @@ RUNNING = [form for form in FORMS if running_statistics(form.layer(ORDINARY))]
 def moments_by_hand(layer: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and unbiased variance of each statistic, averaged over those that meet in one channel."""
     problem = nk.explain(layer, x).problem
-    x = x.double().reshape(problem.view)
-    mean, var = x.mean(problem.pooled), x.var(problem.pooled, correction=1)
+    if problem is None:  # no pattern says it; what is kept is the batch's
+        view, pooled = x.shape, tuple(axis for axis in range(x.dim()) if axis != 1)
+    else:
+        view, pooled = problem.view, problem.pooled
+    x = x.double().reshape(view)
+    mean, var = x.mean(pooled), x.var(pooled, correction=1)
     return mean.reshape(-1, layer.num_features).mean(0), var.reshape(-1, layer.num_features).mean(0)
 
 
@@ -88,8 +92,8 @@ def test_running_statistics_after_some_steps_and_what_evaluation_makes_of_them(b
             x = (ORDINARY.input(form, dtype) * (step + 1)).to(dtype)  # each step has another mean and another variance
             layer(x)
             share = momentum
-            if momentum is None:  # batch norm: the average over all steps; instance norm in torch: 0
-                share = 1 / (step + 1) if form.name == "batch_norm" else 0.0
+            if momentum is None:  # the average over all steps; instance norm in torch: 0
+                share = 0.0 if form.name == "instance_norm" else 1 / (step + 1)
             of_batch = moments_by_hand(layer, x)
             mean, var = (torch.lerp(old, new, share) for old, new in zip((mean, var), of_batch, strict=True))
         for got, wanted in ((layer.running_mean, mean), (layer.running_var, var)):

@@ -24,7 +24,12 @@ from normkit.norms.batch_norm import (
     LazyBatchNorm3d,
     SyncBatchNorm,
 )
+from normkit.norms.derf import Derf
 from normkit.norms.dyt import DyT
+from normkit.norms.evonorm_b0 import EvoNormB0
+from normkit.norms.evonorm_s0 import EvoNormS0
+from normkit.norms.filter_response_norm import TLU, FilterResponseNorm
+from normkit.norms.global_response_norm import GlobalResponseNorm
 from normkit.norms.group_norm import GroupNorm
 from normkit.norms.identity import Identity
 from normkit.norms.instance_norm import (
@@ -37,6 +42,7 @@ from normkit.norms.instance_norm import (
 )
 from normkit.norms.layer_norm import LayerNorm
 from normkit.norms.rms_norm import RMSNorm
+from normkit.norms.switchable_norm import SwitchableNorm
 from normkit.statistics.contexts import accumulate_statistics, statistics_frozen
 from normkit.statistics.per_domain import domain
 from normkit.statistics.policy import plain_state_dict
@@ -49,6 +55,7 @@ if _TYPE_CHECKING:
         accelerate_,
         calibrate_,
         convert_,
+        fold,
         freeze_,
         merge_statistics_,
         param_groups,
@@ -66,8 +73,13 @@ __all__ = [
     "BatchNorm2d",
     "BatchNorm3d",
     "Certificate",
+    "Derf",
     "DyT",
+    "EvoNormB0",
+    "EvoNormS0",
     "Explanation",
+    "FilterResponseNorm",
+    "GlobalResponseNorm",
     "GroupNorm",
     "Identity",
     "InstanceNorm1d",
@@ -83,7 +95,9 @@ __all__ = [
     "Moments",
     "RMSNorm",
     "Spec",
+    "SwitchableNorm",
     "SyncBatchNorm",
+    "TLU",
     "__version__",
     "accelerate_",
     "accumulate_statistics",
@@ -94,6 +108,7 @@ __all__ = [
     "domain",
     "explain",
     "factory",
+    "fold",
     "freeze_",
     "functional",
     "lab",
@@ -120,6 +135,7 @@ _LATER = {
     "accelerate_": "normkit.surgery",
     "calibrate_": "normkit.surgery",
     "convert_": "normkit.surgery",
+    "fold": "normkit.surgery",
     "freeze_": "normkit.surgery",
     "merge_statistics_": "normkit.surgery",
     "param_groups": "normkit.surgery",

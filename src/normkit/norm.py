@@ -22,6 +22,8 @@ class Norm(nn.Module):
     """
 
     spec: ClassVar[Spec]
+    activates: ClassVar[bool] = False
+    """It is an activation as well, and wants none behind it (EvoNorm)."""
     activation: nn.Module | None
     backend: str | None
 
@@ -152,3 +154,26 @@ def unambiguous(y: Tensor) -> Tensor:
         return y.view(-1).view(y.shape)
     rows = y.movedim(1, -1)
     return rows.reshape(-1).view(rows.shape).movedim(-1, 1)
+
+
+def affine(y: Tensor, weight: Tensor | None, bias: Tensor | None, *, channels_first: bool = True) -> Tensor:
+    """``y * weight + bias``, along axis 1 of (n, c, s...) or along the last axes."""
+    for parameter, combine in ((weight, torch.mul), (bias, torch.add)):
+        if parameter is not None:
+            y = combine(y, along_channels(parameter, y) if channels_first else parameter)
+    return y
+
+
+def along_channels(parameter: Tensor, x: Tensor) -> Tensor:
+    """A parameter (c,) as it broadcasts against (n, c, s...)."""
+    return parameter.view(-1, *[1] * (x.dim() - 2))
+
+
+def widened(*tensors: Tensor | None) -> list[Any]:
+    """In float32 or better, in which a norm counts that has no one operator in torch."""
+    return [None if t is None else t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
+
+
+def doubled(*tensors: Tensor | None) -> list[Any]:
+    """In float64, in which a norm says what it is."""
+    return [None if t is None else t.double() for t in tensors]

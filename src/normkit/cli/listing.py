@@ -50,9 +50,7 @@ def definitions(norms: list[dict[str, Any]]) -> Table:
     table = Table("norm", "pools over", "centres", "drop-in for", "paper", box=None, padding=(0, 2, 0, 0))
     for norm in norms:
         twin = (norm["twin"] or "-").replace("{dim}", "1/2/3")
-        table.add_row(
-            norm["name"], norm["over"] or "nothing", "yes" if norm["center"] else "no", twin, norm["paper"] or "-"
-        )
+        table.add_row(norm["name"], norm["pools"], "yes" if norm["center"] else "no", twin, norm["paper"] or "-")
     return table
 
 

@@ -82,4 +82,6 @@ def reduce(problem: Problem) -> Work | str:
         return f"no kernel pools the axes {problem.pooled} of {problem.view} with a weight along {problem.weighted}"
     if groups and s == 1:
         return Work("rows", n * groups, channels // groups, 1, groups)
+    if problem.training and not problem.center:
+        return "the kernels that pool space subtract the mean"
     return Work("planes" if first and s > 1 else "columns", n, channels, s, groups)

@@ -97,7 +97,7 @@ def _make(call: Call, activation: str | None, slope: float) -> Plan | str:
     except ValueError as error:  # the shape does not fit the norm: torch says so in its own words
         return str(error)
     if problem is None:
-        return "this norm pools nothing"
+        return "this norm is none that a pattern says"
     if call.sizes is not None and tuple(problem.view[axis] for axis in problem.weighted) != call.sizes:
         return f"the input {problem.shape} does not fit the sizes {call.sizes}"
     if not problem.elements:

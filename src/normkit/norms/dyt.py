@@ -11,7 +11,7 @@ from torch.fx import Proxy
 
 from normkit.dispatch import normalize
 from normkit.epilogue import Activation
-from normkit.norm import Norm, single_axis, traced_as_call
+from normkit.norm import Norm, affine, doubled, single_axis, traced_as_call
 from normkit.vocabulary.spec import Spec
 
 SPEC = Spec(
@@ -67,11 +67,11 @@ def dyt(
         return traced_as_call(dyt, locals())
 
     def by_torch() -> Tensor:
-        return _affine(torch.tanh(alpha * x), weight, bias, channels_first)
+        return affine(torch.tanh(alpha * x), weight, bias, channels_first=channels_first)
 
     def reference() -> Tensor:
         e = torch.expm1(-2.0 * (alpha.double() * x.double()).clamp(-20.0, 20.0))  # beyond 20, tanh is 1 in float64
-        return _affine(-e / (e + 2.0), _double(weight), _double(bias), channels_first).to(x.dtype)
+        return affine(-e / (e + 2.0), *doubled(weight, bias), channels_first=channels_first).to(x.dtype)
 
     return normalize(
         SPEC,
@@ -84,17 +84,6 @@ def dyt(
         activation=activation,
         backend=backend,
     )
-
-
-def _affine(y: Tensor, weight: Tensor | None, bias: Tensor | None, channels_first: bool) -> Tensor:
-    for parameter, combine in ((weight, torch.mul), (bias, torch.add)):
-        if parameter is not None:
-            y = combine(y, parameter.view(-1, *[1] * (y.dim() - 2)) if channels_first else parameter)
-    return y
-
-
-def _double(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.double()
 
 
 class DyT(Norm, nn.Module, spec=SPEC):

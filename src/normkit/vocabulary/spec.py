@@ -26,7 +26,8 @@ class Spec:
     """What a norm is, defined once: everything else reads this.
 
     ``over`` is a pattern: brackets mark the axes that share a mean and a variance, ``...`` stands for any number of
-    axes, parentheses open one axis into two. ``None`` means that the norm pools nothing (DyT).
+    axes, parentheses open one axis into two. ``None`` means that the norm pools nothing (DyT),
+    or what no pattern says; ``pools`` then has it in words.
     """
 
     name: str
@@ -45,6 +46,8 @@ class Spec:
     """Further names that people type; case, underscores and a trailing ``1d``/``2d``/``3d`` do not matter."""
     shorthand: str | None = None
     """The argument that ``name:value`` sets, as in ``group:32``."""
+    pools: str = ""
+    """What is pooled, for tables, where no pattern says it."""
 
     def __post_init__(self) -> None:
         unknown = self.laws - set(LAWS)
@@ -111,12 +114,18 @@ def _names(spec: Spec) -> tuple[str, ...]:
     return (spec.name, *spec.aliases)
 
 
+def pooled(spec: Spec) -> str:
+    """What it pools over, for tables."""
+    return spec.over or spec.pools or "nothing"
+
+
 def attributes(spec: Spec) -> dict[str, Any]:
     """The spec as plain data, for tables and ``--json``."""
     return {
         "name": spec.name,
         "summary": spec.summary,
         "over": spec.over,
+        "pools": pooled(spec),
         "center": spec.center,
         "laws": {law: law in spec.laws for law in LAWS},
         "twin": spec.twin,
