@@ -244,7 +244,7 @@ def _torch_at_once(name: str, spec: Spec, over: str | None, x: Tensor, followed:
         return first is TORCH
     if loading.module is None:
         return len(BACKENDS) == 3
-    return native.torch_is_faster(over or spec.over, spec.center, x.numel(), followed)
+    return native.torch_is_faster(over or spec.over, spec.center, x, followed)
 
 
 def _choose(call: Call, name: str) -> Backend:
