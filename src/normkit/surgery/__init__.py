@@ -3,6 +3,7 @@
 from normkit.surgery.accelerate import accelerate_
 from normkit.surgery.calibrate import calibrate_
 from normkit.surgery.convert import convert_
+from normkit.surgery.folding.fold import fold
 from normkit.surgery.freeze import freeze_, unfreeze_
 from normkit.surgery.merge import merge_statistics_
 from normkit.surgery.operate import Plan, Step, operate, plan
@@ -15,6 +16,7 @@ __all__ = [
     "accelerate_",
     "calibrate_",
     "convert_",
+    "fold",
     "freeze_",
     "merge_statistics_",
     "operate",

@@ -43,7 +43,13 @@ class Traced:
     """Children that were taken apart."""
 
 
-def trace(root: nn.Module, *, inline: frozenset[str] = frozenset(), given: Mapping[str, Any] | None = None) -> Traced:
+def trace(
+    root: nn.Module,
+    *,
+    inline: frozenset[str] = frozenset(),
+    given: Mapping[str, Any] | None = None,
+    training: bool | None = None,
+) -> Traced:
     """Write down the forward of ``root``.
 
     Args:
@@ -51,6 +57,7 @@ def trace(root: nn.Module, *, inline: frozenset[str] = frozenset(), given: Mappi
         inline: names of children to take apart; all others are single calls.
         given: what parameters of the forward get: ``torch.Tensor``, or a value. A parameter that is missing has its
             default, and one that has none is a tensor.
+        training: the mode that the graph is for, which ``root`` has now; ``None``: it must hold in both.
 
     Raises:
         Refused: the forward does something that a graph does not hold.
@@ -58,7 +65,7 @@ def trace(root: nn.Module, *, inline: frozenset[str] = frozenset(), given: Mappi
     parameters, fixed = _parameters(root, given)
     traces = []
     for grad in (True, False):  # what differs between the two depends on the grad mode
-        with torch.set_grad_enabled(grad), _untouched_random_state(), _watched(root) as facts:
+        with torch.set_grad_enabled(grad), _untouched_random_state(), _watched(root, training is not None) as facts:
             tracer = _Tracer(fixed, inline)
             try:
                 graph = tracer.trace(root)
@@ -177,7 +184,7 @@ def _untouched_random_state() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _watched(root: nn.Module) -> Iterator[list[Fact]]:
+def _watched(root: nn.Module, one_mode: bool) -> Iterator[list[Fact]]:
     """Collects the plain attributes that the forward reads on ``root`` and below, and refuses what it writes."""
     names = {id(module): name for name, module in root.named_modules()}
     facts: list[Fact] = []
@@ -186,7 +193,7 @@ def _watched(root: nn.Module) -> Iterator[list[Fact]]:
         value = object.__getattribute__(module, attribute)
         if id(module) not in names or attribute in _OF_EVERY_MODULE or _asked_by_torch():
             return value
-        if attribute == "training":
+        if attribute == "training" and not one_mode:
             where = names[id(module)]
             raise Refused(f"depends on self.{where}{'.' if where else ''}training, and a graph would freeze the mode")
         if isinstance(value, _PLAIN) or (isinstance(value, tuple) and all(isinstance(item, _PLAIN) for item in value)):
