@@ -34,6 +34,10 @@ def _variance(arm: dict[str, Any]) -> Triple:
     return (known[len(known) // 2], known[0], known[-1]) if known else (None, None, None)
 
 
+def _test(arm: dict[str, Any]) -> Triple:
+    return arm["test"]["mean"], arm["test"]["low"], arm["test"]["high"]
+
+
 def _exact(arm: dict[str, Any]) -> Triple:
     """With statistics computed anew; an arm without running statistics is what it is."""
     found = arm["test"] if arm.get("test_exact") is None else arm["test_exact"]
@@ -53,7 +57,7 @@ def over_the_knob(summary: dict[str, Any]) -> list[Figure]:
             "sweep-test",
             metric_label(about, "Test"),
             metric_label(about, "test"),
-            lambda arm: (arm["test"]["mean"], arm["test"]["low"], arm["test"]["high"]),
+            _test,
             "metric",
         ),
         (
@@ -84,6 +88,20 @@ def over_the_knob(summary: dict[str, Any]) -> list[Figure]:
     return [figure for figure in figures if figure is not None]
 
 
+def draw_test(axes: Axes, summary: dict[str, Any], exact: bool) -> None:
+    """The test metric of every arm along the knob: the curves come first among the lines, then the intervals."""
+    experiment, points = summary["experiment"], summary["points"]
+    values = [point["knob"] for point in points]
+    rows = [
+        [(_exact if exact else _test)(point["arms"][i]) for point in points] for i in range(len(experiment["arms"]))
+    ]
+    for draw in (_line, _bars):
+        for arm, row in zip(experiment["arms"], rows, strict=True):
+            draw(axes, experiment, arm["name"], _positions(values), row)
+    _scales(axes, _positions(values), values, experiment, "metric")
+    axes.set_xlabel(knob_words(experiment))
+
+
 def _panel(summary: dict[str, Any], name: str, title: str, ylabel: str, read: Read, scale: str) -> Figure | None:
     experiment, points = summary["experiment"], summary["points"]
     knob, values = knob_words(experiment), [point["knob"] for point in points]
@@ -112,10 +130,19 @@ def _panel(summary: dict[str, Any], name: str, title: str, ylabel: str, read: Re
 
 
 def _curve(axes: Axes, experiment: dict[str, Any], arm: str, positions: list[float], row: list[Triple]) -> None:
-    """A line through what is known, broken where a value is missing, with a bar for every interval."""
-    style = line_style(experiment, arm)
+    """A line through what is known, with a bar for every interval."""
+    _line(axes, experiment, arm, positions, row)
+    _bars(axes, experiment, arm, positions, row)
+
+
+def _line(axes: Axes, experiment: dict[str, Any], arm: str, positions: list[float], row: list[Triple]) -> None:
+    """Broken where a value is missing."""
     values = [float("nan") if value is None else value for value, _, _ in row]
-    axes.plot(positions, values, marker=marker(experiment, arm), markersize=5, **style)
+    axes.plot(positions, values, marker=marker(experiment, arm), markersize=5, **line_style(experiment, arm))
+
+
+def _bars(axes: Axes, experiment: dict[str, Any], arm: str, positions: list[float], row: list[Triple]) -> None:
+    style = line_style(experiment, arm)
     for x, (value, low, high) in zip(positions, row, strict=True):
         if value is not None and low is not None:
             top = value if high is None else high
