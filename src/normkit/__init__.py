@@ -28,7 +28,7 @@ from normkit.norms.derf import Derf
 from normkit.norms.dyt import DyT
 from normkit.norms.evonorm_b0 import EvoNormB0
 from normkit.norms.evonorm_s0 import EvoNormS0
-from normkit.norms.filter_response_norm import TLU, FilterResponseNorm
+from normkit.norms.filter_response_norm import FilterResponseNorm, ThresholdedLinearUnit
 from normkit.norms.global_response_norm import GlobalResponseNorm
 from normkit.norms.group_norm import GroupNorm
 from normkit.norms.identity import Identity
@@ -50,7 +50,9 @@ from normkit.statistics.virtual import reference_batch
 from normkit.vocabulary.spec import Spec
 
 if _TYPE_CHECKING:
-    from normkit import lab
+    from normkit import blocks, lab
+    from normkit.blocks import ScaledWSConv2d, WSConv1d, WSConv2d, WSConv3d
+    from normkit.clipping import clip_adaptively_before_steps, clip_grad_adaptive_
     from normkit.surgery import (
         accelerate_,
         calibrate_,
@@ -94,15 +96,22 @@ __all__ = [
     "LazyInstanceNorm3d",
     "Moments",
     "RMSNorm",
+    "ScaledWSConv2d",
     "Spec",
     "SwitchableNorm",
     "SyncBatchNorm",
-    "TLU",
+    "ThresholdedLinearUnit",
+    "WSConv1d",
+    "WSConv2d",
+    "WSConv3d",
     "__version__",
     "accelerate_",
     "accumulate_statistics",
     "backend",
+    "blocks",
     "calibrate_",
+    "clip_adaptively_before_steps",
+    "clip_grad_adaptive_",
     "convert_",
     "create",
     "domain",
@@ -131,6 +140,13 @@ del _torch
 
 
 _LATER = {
+    "blocks": "normkit.blocks",
+    "ScaledWSConv2d": "normkit.blocks",
+    "WSConv1d": "normkit.blocks",
+    "WSConv2d": "normkit.blocks",
+    "WSConv3d": "normkit.blocks",
+    "clip_adaptively_before_steps": "normkit.clipping",
+    "clip_grad_adaptive_": "normkit.clipping",
     "lab": "normkit.lab",  # experiments need the extra packages of normkit[lab]
     "accelerate_": "normkit.surgery",
     "calibrate_": "normkit.surgery",
@@ -154,7 +170,7 @@ def __getattr__(name: str) -> _Any:
     import importlib
 
     module = importlib.import_module(_LATER[name])
-    found = globals()[name] = module if name == "lab" else getattr(module, name)
+    found = globals()[name] = module if _LATER[name] == f"normkit.{name}" else getattr(module, name)
     return found
 
 

@@ -97,7 +97,7 @@ def filter_response_norm(
     )
 
 
-class TLU(nn.Module):
+class ThresholdedLinearUnit(nn.Module):
     """Thresholded linear unit: ``y = max(x, tau)`` with a learned threshold per channel; the ReLU where tau is 0.
 
     Filter response norm does not centre, so its output may be far from 0: a threshold that is learned finds it.
@@ -110,7 +110,7 @@ class TLU(nn.Module):
     Shapes: input and output (n, c, s...).
 
     >>> import torch, normkit as nk
-    >>> nk.TLU(1)(torch.tensor([[-1.0], [2.0]])).tolist()
+    >>> nk.ThresholdedLinearUnit(1)(torch.tensor([[-1.0], [2.0]])).tolist()
     [[0.0], [2.0]]
 
     When not to use it: behind a norm that centres; there a bias before a ReLU is the same.
@@ -145,7 +145,7 @@ class FilterResponseNorm(Norm, nn.Module, spec=SPEC):
         affine: learn ``weight`` and ``bias``, both (c,).
         device: of the parameters.
         dtype: of the parameters.
-        activation: ``"tlu"`` for the :class:`TLU` of the paper, another name, a module or its class, or ``None``; a
+        activation: ``"tlu"`` for the :class:`ThresholdedLinearUnit` of the paper, another name, a module or its class, or ``None``; a
             child module of the layer. ``normkit.create("frn:tlu", 64)`` is short for it.
         backend: see :func:`normkit.backend`.
 
@@ -187,7 +187,7 @@ class FilterResponseNorm(Norm, nn.Module, spec=SPEC):
             )
         self.reset_parameters()
         if activation == "tlu":
-            activation = TLU(num_features, device, dtype)
+            activation = ThresholdedLinearUnit(num_features, device, dtype)
         self._set_options(activation, backend)
 
     def forward(

@@ -1,0 +1,32 @@
+"""Composed modules around norms, and in their place: standardised weights, residual blocks without normalization."""
+
+from normkit.blocks.fixup import FixupResidual, fixup_
+from normkit.blocks.gain import activation_gain
+from normkit.blocks.residual import LayerScale, NormalizerFreeResidual, ReZero, SkipInit, expected_deviations
+from normkit.blocks.weight_standardized import (
+    ScaledWSConv1d,
+    ScaledWSConv2d,
+    ScaledWSConv3d,
+    ScaledWSLinear,
+    WSConv1d,
+    WSConv2d,
+    WSConv3d,
+)
+
+__all__ = [
+    "FixupResidual",
+    "LayerScale",
+    "NormalizerFreeResidual",
+    "ReZero",
+    "ScaledWSConv1d",
+    "ScaledWSConv2d",
+    "ScaledWSConv3d",
+    "ScaledWSLinear",
+    "SkipInit",
+    "WSConv1d",
+    "WSConv2d",
+    "WSConv3d",
+    "activation_gain",
+    "expected_deviations",
+    "fixup_",
+]
