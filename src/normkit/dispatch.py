@@ -1,8 +1,8 @@
 """Picks a backend for one application of a norm, and explains the choice.
 
-``native`` runs the compiled CPU kernels. ``torch`` runs torch's operators under torch's autograd: the fall-back, and
-what exported programs consist of. ``reference`` is the oracle and runs only when it is asked for. The entries of
-``BACKENDS`` are asked in order; no norm names one.
+``native`` runs the compiled CPU kernels, ``triton`` those for GPUs. ``torch`` runs torch's operators under torch's
+autograd: the fall-back, and what exported programs consist of. ``reference`` is the oracle and runs only when it is
+asked for. The entries of ``BACKENDS`` are asked in order; no norm names one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from normkit import epilogue, masked, reference
-from normkit.kernels import loading, native, output_saved
+from normkit.kernels import loading, native, output_saved, triton
 from normkit.kernels import phases as halves
 from normkit.layout import solve
 from normkit.vocabulary.problem import Problem
@@ -112,8 +112,11 @@ REFERENCE = Backend("reference", lambda call: ["it is the oracle and runs only w
 
 NATIVE = Backend("native", native.reasons_against, native.run, native.reluctance)
 
-BACKENDS: dict[str, Backend] = {"native": NATIVE, "torch": TORCH, "reference": REFERENCE}
+TRITON = Backend("triton", triton.reasons_against, triton.run, triton.reluctance)
+
+BACKENDS: dict[str, Backend] = {"native": NATIVE, "triton": TRITON, "torch": TORCH, "reference": REFERENCE}
 """In the order in which they are asked; ``auto`` takes the first that has no reason against."""
+_OURS = frozenset(BACKENDS)
 
 _active = "auto"
 _recording: list[Call] | None = None
@@ -203,12 +206,17 @@ def phases(call: Call, backend: str | None = None) -> Callable[..., tuple[Tensor
         raise _Recorded
     if name == "reference" or halves.watched():
         return None
-    against = ["asked for by name"] if name == "torch" else native.reasons_against(call)
-    if name == "native" and against:
-        raise _Refused(_refusal(call, NATIVE, against))
+    chosen = TRITON if name == "triton" or (name == "auto" and _by_triton(call)) else NATIVE
+    against = ["asked for by name"] if name == "torch" else chosen.reasons_against(call)
+    if name == chosen.name and against:
+        raise _Refused(_refusal(call, chosen, against))
     if call.composite:
         return None
-    return functools.partial(halves.run, halves.halves_for(call, against))
+    return functools.partial(halves.run, halves.halves_for(call, against, chosen.name))
+
+
+def _by_triton(call: Call) -> bool:
+    return not TRITON.reluctance(call) and not TRITON.reasons_against(call)
 
 
 settle = native.settle
@@ -243,7 +251,7 @@ def _torch_at_once(name: str, spec: Spec, over: str | None, x: Tensor, followed:
     if first is not NATIVE:
         return first is TORCH
     if loading.module is None:
-        return len(BACKENDS) == 3
+        return BACKENDS.keys() <= _OURS and triton.PROVEN is None
     return native.torch_is_faster(over or spec.over, spec.center, x, followed)
 
 
@@ -254,7 +262,7 @@ def _choose(call: Call, name: str) -> Backend:
             raise _Refused(_refusal(call, chosen, against))
         return chosen
     for backend in BACKENDS.values():
-        if not backend.reasons_against(call) and not backend.reluctance(call):
+        if not backend.reluctance(call) and not backend.reasons_against(call):
             return backend
     raise AssertionError("the torch backend takes every call")
 
@@ -270,7 +278,7 @@ def known(name: str) -> str:
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Run every norm inside the ``with`` on one backend: ``auto``, ``native``, ``torch`` or ``reference``.
+    """Run every norm inside the ``with`` on one backend: ``auto``, ``native``, ``triton``, ``torch`` or ``reference``.
 
     A backend that cannot run an input raises with its reasons; nothing falls through in silence. A layer's own
     ``backend=`` goes before this one. The setting is one per process, not per thread.

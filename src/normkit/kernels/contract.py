@@ -85,3 +85,41 @@ def reduce(problem: Problem) -> Work | str:
     if problem.training and not problem.center:
         return "the kernels that pool space subtract the mean"
     return Work("planes" if first and s > 1 else "columns", n, channels, s, groups)
+
+
+def bit_bytes(length: int) -> int:
+    """Of a run of so many bits: padded to whole 16s, so that every run starts on a byte."""
+    return (length + 15) // 16 * 2
+
+
+def positions_per_run(work: Work) -> int:
+    """Of ``columns``: several positions of few channels make one run, where there are enough positions."""
+    positions = work.s if work.groups else work.n * work.s
+    wanted = 1 if work.c >= 256 else (511 + work.c) // work.c
+    return max(1, min(wanted, positions // 64))
+
+
+def bits_are_bytes(work: Work) -> bool:
+    """Whether eight neighbours that share a byte always meet in one tile of a GPU, which writes whole bytes.
+
+    Of ``columns`` they are channels: a byte must not reach into the next position, nor into another block of groups.
+    """
+    if work.shape != "columns":
+        return True
+    pooled = work.c // work.groups if work.groups else 1
+    return (work.c % 8 == 0 or positions_per_run(work) == 1) and (pooled % 8 == 0 or 8 % pooled == 0)
+
+
+def section_bytes(work: Work) -> int:
+    """Of ``columns``: the bits of one sample, or of all where the samples are not told apart."""
+    positions, together = work.s if work.groups else work.n * work.s, positions_per_run(work)
+    return positions // together * bit_bytes(together * work.c) + bit_bytes(positions % together * work.c)
+
+
+def bits_needed(work: Work) -> int:
+    """Bytes of the bits behind a residual and a ReLU."""
+    if work.shape == "rows":
+        return work.n * bit_bytes(work.c)
+    if work.shape == "columns":
+        return section_bytes(work) * (work.n if work.groups else 1)
+    return work.n * work.c * bit_bytes(work.s)

@@ -29,9 +29,13 @@ def watched() -> bool:
     return torch.compiler.is_compiling() or native._is_watched()
 
 
-def halves_for(call: Call, reasons: list[str]) -> Halves:
-    """The compiled halves where there is no reason against them, otherwise torch's."""
+def halves_for(call: Call, reasons: list[str], backend: str = "native") -> Halves:
+    """The halves of a backend's kernels where there is no reason against them, otherwise torch's."""
     per_sample = call.over is not None and call.over.startswith("n c")
+    if backend == "triton" and not reasons:
+        from normkit.kernels.triton_phases import TritonHalves
+
+        return TritonHalves(per_sample, call.plan)
     if reasons or (per_sample and call.plan.work.shape == "columns"):  # whose sums per sample stay inside the kernel
         return TorchHalves(per_sample)
     return NativeHalves(per_sample, call.plan)
@@ -142,11 +146,10 @@ def _differentiable(ctx: Any, dy: Tensor) -> list[Tensor | None]:
         if bits is None:
             y = again.composite(ctx.pooling, correct, fused=halves.fuses)[0]
         else:
-            assert isinstance(halves, NativeHalves)  # torch's leave the activation to torch
             z = again.composite(ctx.pooling, correct, fused=False)[0]
             z = z if inputs[3] is None else z + inputs[3]
             stats = torch.cat([mean.flatten(), rstd.flatten()])
-            y = z * native._signs(halves.plan, halves.laid_out(x), stats, bits)
+            y = z * halves.signs(halves.laid_out(x), stats, bits)
         grads = torch.autograd.grad(y, [inputs[i] for i in wanted], dy, create_graph=True, allow_unused=True)
     out: list[Tensor | None] = [None] * 4
     for i, grad in zip(wanted, grads, strict=True):
@@ -168,6 +171,10 @@ class Halves(ABC):
     def laid_out(self, x: Tensor) -> Tensor:
         """The saved input as the halves read it: hooks on saved tensors may have laid it out anew."""
         return x
+
+    def signs(self, x: Tensor, stats: Tensor, bits: Tensor) -> Tensor:
+        """1 where the value before a ReLU was above zero, else 0: for halves that keep bits."""
+        raise NotImplementedError
 
     @abstractmethod
     def moments(self, x: Tensor) -> Moments:
@@ -245,6 +252,9 @@ class NativeHalves(Halves):
 
     def laid_out(self, x: Tensor) -> Tensor:
         return alike(x, x, self.plan.strides)
+
+    def signs(self, x: Tensor, stats: Tensor, bits: Tensor) -> Tensor:
+        return native._signs(self.plan, x, stats, bits)
 
     def moments(self, x: Tensor) -> Moments:
         units = self.plan.statistics

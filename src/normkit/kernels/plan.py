@@ -1,7 +1,8 @@
-"""From a call to a compiled kernel: what is looked up once per shape and kept."""
+"""From a call to a kernel: what is looked up once per shape and kept."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -52,12 +53,17 @@ class Plan:
 _plans: dict[tuple, Plan | str] = {}
 
 
-def plan_for(call: Call) -> Plan | str:
-    """The plan for a call, or why there is none. Costs about a microsecond after the first time."""
+def plan_for(call: Call, backend: str = "native", follows: tuple[str | None, float] | None = None) -> Plan | str:
+    """The plan for a call, or why there is none. Costs about a microsecond after the first time.
+
+    ``backend``: whose kernel, of ``MAKERS``. ``follows``: the activation, where it is known better than the call says.
+    """
     x, weight, bias, residual = call.x, call.weight, call.bias, call.residual
-    name, slope = fusible(call.activation)
+    name, slope = follows or fusible(call.activation)
     running = call.running_mean
     key = (
+        backend,
+        x.device,
         call.over,
         x.shape,
         x.stride(),
@@ -79,11 +85,34 @@ def plan_for(call: Call) -> Plan | str:
     if found is None:
         if len(_plans) >= 4096:  # shapes without end, as in a loop over sequence lengths
             _plans.clear()
-        found = _plans[key] = _make(call, name, slope)
+        found = _plans[key] = _make(call, name, slope, MAKERS[backend])
     return found
 
 
-def _make(call: Call, activation: str | None, slope: float) -> Plan | str:
+def _native(work: contract.Work, call: Call, weight_type: torch.dtype, activation: str | None, slope: float) -> Any:
+    return loading.module.Kernel(
+        SHAPES[work.shape],
+        TYPES[call.x.dtype],
+        TYPES[weight_type],
+        ACTIVATIONS[activation],
+        slope,
+        call.residual is not None,
+        call.spec.center,
+        call.batch_statistics,
+        work.n,
+        work.c,
+        work.s,
+        work.groups,
+    )
+
+
+Maker = Callable[[contract.Work, Any, torch.dtype, str | None, float], Any]
+"""Work, call, type of the weight, activation and its slope -> something with ``statistics`` and ``bits``."""
+MAKERS: dict[str, Maker] = {"native": _native}
+"""By backend."""
+
+
+def _make(call: Call, activation: str | None, slope: float, make_kernel: Maker) -> Plan | str:
     x, weight, bias = call.x, call.weight, call.bias
     if x.dtype not in TYPES:
         return f"no kernel for {x.dtype}"
@@ -113,20 +142,7 @@ def _make(call: Call, activation: str | None, slope: float) -> Plan | str:
     if any(t is not None and t.numel() != channels for t in (weight, bias, call.running_mean, call.running_var)):
         return f"weight, bias and running statistics must have {channels} values each"
     weight_type = next((t.dtype for t in (weight, bias) if t is not None), number)
-    kernel = loading.module.Kernel(
-        SHAPES[work.shape],
-        TYPES[x.dtype],
-        TYPES[weight_type],
-        ACTIVATIONS[activation],
-        slope,
-        call.residual is not None,
-        call.spec.center,
-        call.batch_statistics,
-        work.n,
-        work.c,
-        work.s,
-        work.groups,
-    )
+    kernel = make_kernel(work, call, weight_type, activation, slope)
     assert call.over is not None
     layout = solve(call.over, tuple(x.shape), groups=call.groups, trailing=call.trailing)
     return Plan(

@@ -1,0 +1,345 @@
+"""The Triton kernels in Triton's interpreter; ``tests/test_triton.py`` starts this file in a process of its own.
+
+Tiles are as small as they can be, so that small tensors take every path: several tiles, several parts that are merged,
+groups that share a block, groups that are wider than one, rows that do not fit into a tile.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import normkit as nk
+from normkit.kernels import contract, loading, triton_launch
+from normkit.kernels.contract import Work
+from normkit.kernels.plan import plan_for
+from normkit.kernels.triton_prenorm import add_norm
+from normkit.statistics import Ghost
+from oracle import examine, observe
+from test_native import numbers, spread
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles(monkeypatch):
+    monkeypatch.setattr(triton_launch, "TILE", 512)
+    monkeypatch.setattr(triton_launch, "WIDEST", 32)
+
+
+PATHS = {  # norm, shape, channels last
+    "batch, planes, parts": (lambda: nk.BatchNorm2d(20), (3, 20, 7, 5), False),
+    "batch, planes longer than a tile": (lambda: nk.BatchNorm1d(3), (2, 3, 1100), False),
+    "batch, columns": (lambda: nk.BatchNorm2d(24), (3, 24, 7, 5), True),
+    "batch, columns whose bits are no bytes": (lambda: nk.BatchNorm2d(5), (4, 5, 9, 8), True),
+    "batch, features": (lambda: nk.BatchNorm1d(37), (70, 37), False),
+    "group, several in a block": (lambda: nk.GroupNorm(4, 12), (3, 12, 6, 5), False),
+    "group, several in a block, columns": (lambda: nk.GroupNorm(8, 40), (2, 40, 6, 5), True),
+    "group, wider than a block": (lambda: nk.GroupNorm(1, 70), (2, 70, 4, 5), False),
+    "group, wider than a block, columns": (lambda: nk.GroupNorm(2, 140), (1, 140, 6, 5), True),
+    "group without space": (lambda: nk.GroupNorm(3, 12), (7, 12), False),
+    "instance": (lambda: nk.InstanceNorm2d(6, affine=True), (3, 6, 9, 7), False),
+    "instance, columns": (lambda: nk.InstanceNorm2d(6, affine=True), (3, 6, 9, 7), True),
+    "rows in one tile": (lambda: nk.LayerNorm(20), (9, 20), False),
+    "rows in several tiles": (lambda: nk.LayerNorm(70), (3, 5, 70), False),
+    "rms": (lambda: nk.RMSNorm(70), (6, 70), False),
+    "over channels": (lambda: nk.LayerNorm(70, channels_first=True), (2, 70, 5, 4), False),
+    "rms over channels": (lambda: nk.RMSNorm(20, channels_first=True), (2, 20, 19), False),
+}
+QUICK = ("batch, planes, parts", "batch, columns", "group, wider than a block, columns", "rows in several tiles")
+EVERY = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in PATHS]
+
+
+def case(name: str, dtype: torch.dtype = torch.float32) -> tuple[torch.nn.Module, Tensor, Tensor]:
+    """Layer, input and residual of a path."""
+    make, shape, last = PATHS[name]
+    layer, x, residual = make(), numbers(shape, dtype), (torch.randn(shape) * 2 - 1).to(dtype)
+    layer.backend = "triton"
+    if last:
+        x, residual = (t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (x, residual))
+    return spread(layer, dtype), x, residual
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_path_gives_what_the_norm_says(name):
+    layer, x, residual = case(name)
+    examine(layer, x)
+    layer.activation = torch.nn.ReLU()
+    examine(layer, x, residual)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", PATHS)
+def test_narrow_types(name, dtype):
+    """The interpreter cuts float32 off to bfloat16 and does not round: one unit in the last place."""
+    layer, x, residual = case(name, dtype)
+    for activation in (torch.nn.ReLU(), torch.nn.SiLU()):
+        layer.activation = activation
+        examine(layer, x, residual)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "silu", "gelu", torch.nn.GELU("tanh")], ids=str)
+@pytest.mark.parametrize("name", ["batch, planes, parts", "batch, columns", "rows in one tile", "over channels"])
+def test_activations_without_and_behind_a_residual(name, activation):
+    layer, x, residual = case(name)
+    layer.activation = nk.epilogue.activation_module(activation)
+    examine(layer, x)
+    examine(layer, x, residual)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PATHS)
+def test_the_same_twice_to_the_last_bit(name):
+    layer, x, residual = case(name)
+    layer.activation = torch.nn.SiLU()
+    upstream = torch.randn_like(x)
+    first, second = (observe(copy.deepcopy(layer), x, residual, upstream) for _ in range(2))
+    assert all(torch.equal(first[what], second[what]) for what in first)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PATHS)
+def test_64_bit_indices_give_the_same_bits(name, monkeypatch):
+    """They are for tensors of 2**31 elements and more, which no test has."""
+    layer, x, residual = case(name)
+    layer.activation = torch.nn.ReLU()
+    upstream = torch.randn_like(x)
+    narrow = observe(copy.deepcopy(layer), x, residual, upstream)
+    made = triton_launch.kernel_for
+
+    def wide(*given):
+        kernel = made(*given)
+        kernel.constants["WIDE"] = True
+        return kernel
+
+    monkeypatch.setattr(triton_launch, "kernel_for", wide)
+    monkeypatch.setattr("normkit.kernels.plan._plans", {})
+    found = observe(copy.deepcopy(layer), x, residual, upstream)
+    assert all(torch.equal(narrow[what], found[what]) for what in narrow)
+
+
+def test_2_to_the_31_elements_get_64_bit_indices():
+    for shape in ("planes", "columns", "rows", "tiles"):
+        for n, wide in ((2**10, False), (2**11, True)):
+            work = Work(shape, n, 2**10, 2**10 if shape != "rows" else 1, 0 if shape != "rows" else 1)
+            if shape == "rows":
+                work = Work("rows", n * 2**10, 2**10, 1, 1)
+            kernel = triton_launch.kernel_for(work, torch.empty(0), None, 0.0, False, True, True)
+            assert kernel.constants["WIDE"] is wide
+
+
+# What one backend saves, another reads.
+
+EXCHANGED = ("batch, planes, parts", "batch, columns", "group, wider than a block", "rows in one tile", "over channels")
+
+
+@pytest.mark.skipif(loading.module is None, reason=str(loading.absence))
+@pytest.mark.parametrize("name", EXCHANGED)
+def test_forward_on_one_backend_and_backward_on_the_other(name):
+    layer, x, residual = case(name)
+    layer.activation = torch.nn.ReLU()
+    call = nk.dispatch._record(layer, x.requires_grad_(), residual)
+    upstream, saved = torch.randn_like(x), {}
+    plans = {backend: plan_for(call, backend) for backend in ("native", "triton")}
+    for backend, plan in plans.items():
+        y = nk.dispatch.BACKENDS[backend].run(_with_plan(call, plan))
+        saved[backend] = y.grad_fn.saved_tensors[-2:]
+        own = torch.autograd.grad(y, [x, *layer.parameters()], upstream)
+        saved[backend] = (*saved[backend], own)
+    assert plans["native"].bits == plans["triton"].bits > 0
+    for ours, theirs in (("native", "triton"), ("triton", "native")):
+        y = nk.dispatch.BACKENDS[ours].run(_with_plan(call, plans[ours]))
+        stats, bits = y.grad_fn.saved_tensors[-2:]
+        stats.data.copy_(saved[theirs][0])
+        bits.data.copy_(saved[theirs][1])
+        found = torch.autograd.grad(y, [x, *layer.parameters()], upstream)
+        for got, wanted in zip(found, saved[theirs][2], strict=True):
+            torch.testing.assert_close(got, wanted)
+
+
+def _with_plan(call, plan):
+    call = copy.copy(call)
+    call.plan = plan
+    call.running_mean = call.running_var = None
+    return call
+
+
+def test_bits_take_as_many_bytes_as_in_the_compiled_kernels():
+    if loading.module is None:
+        pytest.skip(str(loading.absence))
+    for shape, code in (("planes", 0), ("columns", 1), ("rows", 2), ("tiles", 3)):
+        for n, c, s in ((3, 6, 35), (2, 64, 49), (4, 270, 9), (5, 3, 1100)):
+            for groups in (0, c) if shape in ("planes", "columns") else (1 if shape == "rows" else 0,):
+                work = Work(shape, n, c, 1 if shape == "rows" else s, groups)
+                kernel = loading.module.Kernel(code, 0, 0, 1, 0.0, True, True, True, n, c, work.s, groups)
+                assert contract.bits_needed(work) == kernel.bits
+
+
+# Halves, for statistics that are merged in between.
+
+
+@pytest.mark.parametrize("shape", [(6, 5, 4, 3), (4, 16, 3, 3)], ids=str)
+@pytest.mark.parametrize("last", [False, True], ids=["channels_first", "channels_last"])
+def test_ghost_batches_are_those_of_the_composite(shape, last):
+    x = numbers(shape, torch.float32)
+    x = x.to(memory_format=torch.channels_last) if last else x
+    residual, upstream = torch.randn_like(x), torch.randn_like(x)
+    ours = spread(nk.BatchNorm2d(shape[1], activation="relu", statistics=Ghost(2), backend="triton"), torch.float32)
+    theirs = copy.deepcopy(ours)
+    theirs.backend = "torch"
+    got, wanted = (observe(layer, x, residual, upstream) for layer in (ours, theirs))
+    for what in wanted:
+        torch.testing.assert_close(got[what], wanted[what], msg=lambda m, what=what: f"{what}: {m}")
+
+
+def test_a_mask_leaves_values_out():
+    x, mask = numbers((4, 6, 5, 5), torch.float32), torch.rand(4, 1, 5, 5) > 0.5
+    ours = spread(nk.BatchNorm2d(6, activation="silu", backend="triton"), torch.float32)
+    theirs = copy.deepcopy(ours)
+    theirs.backend = "torch"
+    torch.testing.assert_close(ours(x, mask=mask), theirs(x, mask=mask))
+    torch.testing.assert_close(ours.running_var, theirs.running_var)
+
+
+@pytest.mark.slow
+def test_gradients_of_gradients():
+    for name in ("batch, planes, parts", "rows in one tile"):
+        layer, x, residual = case(name)
+        layer.activation = torch.nn.ReLU()
+        other = copy.deepcopy(layer)
+        other.backend = "torch"
+        found = []
+        for one in (layer, other):
+            leaf, added = x.detach().requires_grad_(), residual.detach().requires_grad_()
+            y = one(leaf, residual=added)
+            torch.manual_seed(3)
+            (dx, _) = torch.autograd.grad(y, (leaf, added), torch.randn_like(y), create_graph=True)
+            found.append(
+                [dx, *torch.autograd.grad(dx, (leaf, *one.parameters()), torch.randn_like(y), allow_unused=True)]
+            )
+        for got, wanted in zip(*found, strict=True):
+            if wanted is None:
+                assert got is None or not got.any()
+            else:
+                torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_a_batch_with_nan_moves_no_statistics():
+    layer = nk.BatchNorm2d(3, backend="triton")
+    layer(numbers((4, 3, 5, 5), torch.float32))
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    x = numbers((4, 3, 5, 5), torch.float32)
+    x[1, 2, 0, 0] = torch.nan
+    y = layer(x)
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+    assert y[:, 2].isnan().all()
+    assert not y[:, :2].isnan().any()
+
+
+# Add, then normalise.
+
+
+@pytest.mark.parametrize("features", [20, 70], ids=["one tile", "several tiles"])
+@pytest.mark.parametrize("center", [True, False], ids=["layer", "rms"])
+def test_add_norm_is_the_two_steps_written_by_hand(center, features):
+    x, residual = numbers((9, features), torch.float32), torch.randn(9, features)
+    weight, bias = 0.5 * torch.randn(features), torch.randn(features) if center else None
+    of_y, of_h = torch.randn_like(x), torch.randn_like(x)
+
+    def by_hand(x, residual, weight, bias):
+        h = x + residual
+        if center:
+            return F.layer_norm(h, (features,), weight + 1, bias), h
+        return F.rms_norm(h, (features,), weight + 1, 1e-5), h
+
+    def ours(x, residual, weight, bias):
+        return add_norm(x, residual, weight, bias, center=center, weight_offset=1.0)
+
+    found = []
+    for function in (ours, by_hand):
+        leaves = [None if t is None else t.clone().requires_grad_() for t in (x, residual, weight, bias)]
+        y, h = function(*leaves)
+        wanted = [t for t in leaves if t is not None]
+        found.append([y, h, *torch.autograd.grad((y, h), wanted, (of_y, of_h))])
+    for got, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+# torch.compile
+
+
+def both(layer: torch.nn.Module, x: Tensor, residual: Tensor, **options) -> tuple[dict, dict]:
+    """What the compiled and the eager layer give."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    other = copy.deepcopy(layer)
+    whole = torch.compile(layer, fullgraph=True, **options)
+    upstream, found = torch.randn_like(x), []
+    for call, own in ((whole, layer), (other, other)):
+        leaf, added = x.detach().requires_grad_(), residual.detach().requires_grad_()
+        y = call(leaf, residual=added)
+        of = {"input": leaf, "residual": added, **dict(own.named_parameters())}
+        gradients = dict(zip(of, torch.autograd.grad(y, list(of.values()), upstream), strict=True))
+        found.append({"output": y, **gradients, **{f"buffer {n}": b.clone() for n, b in own.named_buffers()}})
+    assert not torch._dynamo.utils.counters["graph_break"]
+    return found[0], found[1]
+
+
+COMPILED = [pytest.param(name, marks=() if name == "batch, columns" else pytest.mark.slow) for name in PATHS]
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_torch_compile_takes_the_layer_whole_and_gives_eagers_bits(name):
+    layer, x, residual = case(name)
+    layer.activation = torch.nn.ReLU()
+    for training in (True, False) if "batch" in name else (True,):
+        got, wanted = both(layer.train(training), x, residual, backend="aot_eager")
+        assert all(torch.equal(got[what], wanted[what]) for what in wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["batch, planes, parts", "group, several in a block", "rows in one tile"])
+def test_one_graph_serves_batches_of_any_size(name):
+    layer, x, _ = case(name)
+    torch._dynamo.reset()
+    whole = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for n in (len(x), 5, 2):
+            a, b = numbers((n, *x.shape[1:]), torch.float32), torch.randn(n, *x.shape[1:])
+            other = copy.deepcopy(layer)
+            assert torch.equal(whole(a, residual=b), other(a, residual=b))
+
+
+@pytest.mark.slow
+def test_the_operators_are_what_torch_expects_of_operators():
+    x, residual = numbers((3, 6, 5, 4), torch.float32), torch.randn(3, 6, 5, 4)
+    weight, bias = torch.rand(6) + 0.5, torch.randn(6)
+    running = torch.zeros(6), torch.ones(6)
+    asked = ("[n] c [s...]", 1, 1, None, True, True, 0.1, 1e-5, "relu", 0.0)
+    leaves = [t.requires_grad_() for t in (x, weight, bias, residual)]
+    torch.library.opcheck(torch.ops.normkit.triton_forward.default, (*leaves, *running, *asked))
+
+
+# Words
+
+
+def test_explain_says_why_nobody_gets_them_unasked():
+    layer, x = nk.BatchNorm2d(3), numbers((2, 3, 4, 4), torch.float32)
+    assert "not triton: not yet checked on a GPU" in str(nk.explain(layer, x))
+    with nk.backend("triton"):
+        assert nk.explain(layer, x).backend == "triton"
+
+
+def test_a_call_that_no_kernel_takes_is_refused_with_the_reason():
+    layer = nk.BatchNorm2d(3, backend="triton")
+    for x, why in (
+        (torch.empty(0, 3, 4, 4), "the input is empty"),
+        (numbers((2, 3, 4, 8), torch.float32)[..., ::2], "neither contiguous nor channels-last"),
+        (numbers((2, 3, 4, 4), torch.float64), "no Triton kernel for torch.float64"),
+    ):
+        with pytest.raises(RuntimeError, match=f"triton: {why}|triton: the input is {why}"):
+            layer.to(x.dtype)(x)
