@@ -53,6 +53,14 @@ def test_final_seeds_are_paired_and_fresh():
     assert {c.lr for c in finals if c.arm.name == "batch"} == {0.1}
 
 
+def test_the_seeds_of_the_search_are_as_many_as_asked():
+    asked = recipe("default", search_seeds=1)
+    assert len(asked.search_seeds) == 1
+    assert asked.search_seeds == recipe("quick").search_seeds  # another budget does not look at other data
+    with pytest.raises(LabError, match="--search-seeds 0: give a whole number from 1"):
+        recipe("default", search_seeds=0)
+
+
 @pytest.mark.parametrize("rates", [SGD_RATES, MOMENTUM_RATES, ADAM_RATES])
 def test_grids_are_log_spaced_and_no_budget_searches_fewer_than_seven(rates):
     ratios = [b / a for a, b in pairwise(rates)]
