@@ -273,7 +273,7 @@ def test_sweep_of_one_seed_and_crashes(tmp_path):
             "batch norm after the activation with dropout 0.5 and initial gain 0.1",
         ),
         ("batch:ghost:4", "ghost batch norm (4)"),
-        ("batch:renorm:3:5:50+running:0.02", "batch renorm (3, 5, 50) with a share of 0.02 in running statistics"),
+        ("batch:renorm:3:5:50+running:0.02", "batch renorm (3, 5, 50) with running share 0.02"),
         ("batch:moving_average", "moving-average batch norm"),
         ("batch:synchronized+processes:2", "synchronised batch norm over 2 processes"),
         ("batch:nonsense:4", "batch:nonsense:4"),

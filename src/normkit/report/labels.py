@@ -43,7 +43,7 @@ def label(arm: str) -> str:
         elif key == "processes" and value:
             words += f" over {value} processes"
         elif key == "running" and value:
-            additions.append(f"a share of {value} in running statistics")
+            additions.append(f"running share {value}")
         else:
             return arm
     return f"{words} with {' and '.join(additions)}" if additions else words

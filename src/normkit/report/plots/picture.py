@@ -34,7 +34,9 @@ def _sweep(canvas: Canvas, left: Any, right: Any, summary: dict[str, Any]) -> No
     about, knob = summary["experiment"]["metric"], knob_words(summary["experiment"])
     draw_test(left, summary, exact=False)
     draw_test(right, summary, exact=True)
-    right.set_ylim(left.get_ylim())
+    low, high = zip(left.get_ylim(), right.get_ylim(), strict=True)
+    for axes in (left, right):
+        axes.set_ylim(min(low), max(high))
     left.set_title(f"Test {about['name']} along {knob}: running statistics", loc="left", pad=18)
     right.set_title("The same networks: exact statistics", loc="left", pad=18)
     names = [label(arm["name"]) for arm in summary["experiment"]["arms"]]
