@@ -2,7 +2,7 @@
 
 from normkit.blocks.fixup import FixupResidual, fixup_
 from normkit.blocks.gain import activation_gain
-from normkit.blocks.residual import LayerScale, NormalizerFreeResidual, ReZero, SkipInit, expected_deviations
+from normkit.blocks.residual import LayerScale, NormalizerFreeResidual, ReZero, Scale, SkipInit, expected_deviations
 from normkit.blocks.weight_standardized import (
     ScaledWSConv1d,
     ScaledWSConv2d,
@@ -18,6 +18,7 @@ __all__ = [
     "LayerScale",
     "NormalizerFreeResidual",
     "ReZero",
+    "Scale",
     "ScaledWSConv1d",
     "ScaledWSConv2d",
     "ScaledWSConv3d",

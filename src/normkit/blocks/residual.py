@@ -148,3 +148,37 @@ class LayerScale(nn.Module):
     def extra_repr(self) -> str:
         """The channels."""
         return f"{self.scale.numel()}, channels_first={self.channels_first}"
+
+
+class Scale(nn.Module):
+    """``y = activation(x * scale)`` with one number: what is left of a norm in a network without normalization.
+
+    Args:
+        scale: where it starts; in the ``state_dict`` either way.
+        learned: it is a parameter.
+        activation: a module that the norm had, or ``None``.
+
+    Shapes: input and output are the same.
+
+    >>> import torch, normkit as nk
+    >>> nk.blocks.Scale(0.2)(torch.ones(2)).tolist()
+    [0.20000000298023224, 0.20000000298023224]
+
+    When not to use it: for a number per channel, which is :class:`LayerScale`.
+    """
+
+    scale: Tensor
+
+    def __init__(self, scale: float = 1.0, learned: bool = False, activation: nn.Module | None = None) -> None:
+        super().__init__()
+        value = torch.full((), scale)
+        if learned:
+            self.scale = nn.Parameter(value)
+        else:
+            self.register_buffer("scale", value)
+        self.activation = activation
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Any shape -> the same."""
+        y = input * self.scale
+        return y if self.activation is None else self.activation(y)

@@ -15,7 +15,7 @@ from normkit.norms.rms_norm import RMSNorm
 from normkit.statistics.batch import Batch
 from normkit.statistics.ghost import Ghost
 from normkit.statistics.synchronized import Synchronized
-from normkit.surgery import batches, probe, recast
+from normkit.surgery import batches, normalizer_free, probe, recast
 from normkit.surgery.become import Become
 from normkit.surgery.centre import Centred, centred, rewritten
 from normkit.surgery.fit import Matched, Run, fit, two_runs
@@ -54,7 +54,8 @@ def convert_(
         model: any module, of torch's or normkit's norms.
         to: what :func:`normkit.create` takes (``"group:32"``, ``"layer"``, ``"rms"``, ``"dyt"``, ``"none"`` ...);
             ``"group:auto"``: groups of about 16 channels, as they divide; ``"frozen_batch"``: a batch norm that
-            normalises by its running statistics for good; or a callable ``number of channels -> layer``.
+            normalises by its running statistics for good; ``"normalizer-free"``: a residual network without norms,
+            see docs/normalizer-free.md; or a callable ``number of channels -> layer``.
         match: data to fit on: a tensor, a tuple of positional or a dict of keyword arguments, one half of which is
             fitted on and the other measured on; or a DataLoader (any iterable of batches), the first batch of which is
             fitted on and the second measured on. Some hundred samples; they need no labels.
@@ -110,6 +111,10 @@ def plan(
             "convert_: the model is wrapped in DistributedDataParallel, which holds on to the parameters there are.\n"
             "  convert the model before it is wrapped"
         )
+    if normalizer_free.is_meant(to):
+        intended = normalizer_free.plan(inner, match, call)
+        _add_optimizer(intended, optimizer)
+        return intended
     intended = Plan("convert_", inner)
     runs = None if match is None else two_runs(match, call)
     fresh = _fresh(intended, to, filter_fn, None if runs is None else _dims(inner, runs[0]))
