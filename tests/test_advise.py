@@ -185,6 +185,12 @@ def test_the_tables_say_what_the_digest_says(monkeypatch):
     assert table.header == ["batch size", "batch norm", "no normalization", "batch renorm (3, 5, 50)"]
     assert [row[0] for row in table.rows] == ["4", "64"]
     assert table.rows[0][3].startswith("+10.0 points [+9.")
+    small, large = small_batches.sentences(found, "records/compare/one")
+    assert small.startswith(
+        "**4**: better than batch norm with running statistics: batch renorm (3, 5, 50) (+10.0 points"
+    )
+    assert "batch norm with exact statistics (+5.0 points [+4.0, +6.0]); worse: no normalization (" in small
+    assert "not distinguishable: batch renorm" in large
     exact = small_batches.at_test(found, "records/compare/one")
     assert exact.header[1:3] == ["batch norm: exact", "batch norm: test batch"]
     assert exact.rows[0][1:3] == ["+5.0 points [+4.0, +6.0]", "–"]

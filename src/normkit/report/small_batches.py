@@ -10,6 +10,33 @@ from normkit.report.document import Table
 Digest = dict[str, Any]
 FRACTION = {"unit": "fraction", "name": "accuracy"}
 PLAIN = "batch"
+VERDICTS = {
+    "better": "better than batch norm with running statistics",
+    "worse": "worse",
+    "not distinguishable": "not distinguishable",
+    "no pairs": "without a result",
+}
+
+
+def sentences(digest: Digest, record: str) -> list[str]:
+    """One sentence per size: what is better than batch norm there, what is worse, what cannot be told apart."""
+    return [_sentence(digest, size) for size in _sizes(digest, record)]
+
+
+def _sentence(digest: Digest, size: dict[str, Any]) -> str:
+    gaps = {name: arm["against_plain"] for name, arm in size["arms"].items() if name != PLAIN}
+    exact = size["arms"][PLAIN]["exact"]
+    said = {digest["arms"][name]["words"]: gap for name, gap in gaps.items()}
+    said |= {"batch norm with exact statistics": exact["difference"]} if exact else {}
+    clauses = []
+    for verdict in ("better", "worse", "not distinguishable", "no pairs"):
+        found = [_clause(words, gap) for words, gap in said.items() if gap["verdict"] == verdict]
+        clauses += [f"{VERDICTS[verdict]}: {', '.join(found)}"] if found else []
+    return f"**{size['batch_size']}**: {'; '.join(clauses)}."
+
+
+def _clause(words: str, gap: dict[str, Any]) -> str:
+    return words if gap["value"] is None else f"{words} ({n.difference(gap, FRACTION)})"
 
 
 def accuracy(digest: Digest, record: str) -> Table:
