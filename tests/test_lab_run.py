@@ -137,9 +137,10 @@ def test_a_changed_experiment_file_is_another_question(tmp_path, monkeypatch):
         (tmp_path / name).write_text(source)
     first = quick("a", task="one.py:tiny")
     (tmp_path / "one.py").write_text((tmp_path / "two.py").read_text())
+    from normkit import imported
     from normkit.lab import load
 
-    for cache in (load._file, load._load):  # a new process would have read neither
+    for cache in (imported._file, load._load):  # a new process would have read neither
         cache.cache_clear()
     with pytest.raises(LabError, match=r"code was .*, now "):
         quick("a", task="one.py:tiny")

@@ -30,6 +30,11 @@ VERBS = {
     "report": Verb("normkit.cli.report", "make the page of a comparison again from its directory"),
     "list": Verb("normkit.cli.listing", "the norms, what each is invariant to, the backends, the tasks of compare"),
     "explain": Verb("normkit.cli.explain", "which backend runs a norm on a shape, and why the others do not"),
+    "calibrate": Verb("normkit.cli.calibrate", "re-estimate the running statistics of a checkpoint from data"),
+    "fold": Verb("normkit.cli.fold", "fold the norms of a checkpoint into the layers beside them"),
+    "convert": Verb("normkit.cli.convert", "turn the norms of a checkpoint into norms of another kind"),
+    "freeze": Verb("normkit.cli.freeze", "freeze the running statistics and the affine parameters of a model"),
+    "sync": Verb("normkit.cli.sync", "let the batch norms of a model pool the batches of all processes"),
     "bench": Verb("normkit.cli.bench", "time the layers against torch's own"),
     "env": Verb("normkit.cli.environment", "versions and hardware: what a bug report needs"),
 }

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
-import importlib.util
 import inspect
-import sys
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+from normkit import imported
+from normkit.imported import describe
 from normkit.lab.errors import LabError, nearest
 from normkit.lab.experiment import Experiment
 from normkit.lab.tasks import TASKS
@@ -107,47 +103,10 @@ def _resolve(reference: str) -> Callable[..., Any]:
                 "experiment is exp.py:function or package.module:function"
             )
         reference = TASKS[reference]
-    place, _, name = reference.rpartition(":")
-    module = _file(Path(place).expanduser()) if place.endswith(".py") else _module(place)
-    function = getattr(module, name, None)
-    if not callable(function):
-        known = [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")]
-        raise LabError(f"{place} has no function {name!r}{nearest(name, known)}; it has: {', '.join(known) or 'none'}")
-    return function
-
-
-def _module(name: str) -> ModuleType:
     try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name and name.startswith(error.name):
-            raise LabError(
-                f"no module {error.name!r}; give package.module:function or path/to/exp.py:function"
-            ) from None
-        raise LabError(f"{name} imports {error.name!r}, which is not installed") from error
-    except Exception as error:
-        raise LabError(f"importing {name} raised {describe(error)}") from error
-
-
-@lru_cache(maxsize=8)
-def _file(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise LabError(f"no file {path}; give the path of a Python file and a function in it: exp.py:function")
-    path = path.resolve()
-    name = f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # so that classes of the file can be pickled
-    if str(path.parent) not in sys.path:
-        sys.path.insert(0, str(path.parent))  # as `python exp.py` would: its neighbours can be imported
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[name]
-        raise LabError(f"reading {path.name} raised {describe(error)}; correct the file") from error
-    return module
+        return imported.function(reference)
+    except ValueError as error:
+        raise LabError(str(error)) from error.__cause__
 
 
 def _source_code(function: Callable[..., Any]) -> str:
@@ -158,12 +117,3 @@ def _source_code(function: Callable[..., Any]) -> str:
         except (OSError, TypeError):
             continue
     return getattr(function, "__qualname__", type(function).__qualname__)
-
-
-def describe(error: Exception) -> str:
-    """What a person's own code raised, and where: `KeyError: 'x' (exp.py, line 3)`."""
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-    if isinstance(error, SyntaxError):
-        where = f" ({Path(error.filename or '').name}, line {error.lineno})"
-    return f"{type(error).__name__}: {error}{where}"
