@@ -318,6 +318,35 @@ def test_sweep_page(tmp_path):
     assert len(text) < 2_000_000
 
 
+def test_statistics_at_test_time_and_processor_time_are_shown_where_they_were_measured(tmp_path):
+    measured = {"test_exact": 0.98, "test_batch": 0.9, "cpu_seconds": 0.4}
+    rows = {
+        size: {"none": Script([400] * 5, fields={"cpu_seconds": 0.2}), "batch": Script([100] * 5, fields=measured)}
+        for size in (2, 8)
+    }
+    path = synthetic.sweep(tmp_path, "batch-size", rows)
+    summary = analyse(path)
+    found = summary["points"][0]["arms"][1]
+    assert found["test_exact"]["difference"]["value"] == pytest.approx(0.02)
+    assert found["test_batch"]["difference"]["verdict"] == "worse"
+    assert found["cpu_ms_per_step"] == pytest.approx(1e3 * 0.4 / synthetic.STEPS)
+    assert summary["points"][0]["arms"][0]["test_exact"] is None
+    text = report.write(path).read_text()
+    assert "at-test" in Page(text).sections
+    assert 'aria-labelledby="sweep-exact-title' in text
+    page = (path / "report.md").read_text()
+    assert "98.0 % [98.0, 98.0] (+2.0 points [+2.0, +2.0])" in page
+    assert "CPU ms per step" in page
+    report.picture(path, tmp_path / "one.svg")
+    assert report.picture(path, tmp_path / "two.svg").read_bytes() == (tmp_path / "one.svg").read_bytes()
+
+
+def test_a_record_from_before_that_has_no_such_section(digits):
+    page = Page(report.write(digits).read_text())
+    assert "at-test" not in page.sections
+    assert "CPU ms per step" not in (digits / "report.md").read_text()
+
+
 def test_long_sweep_stays_small(tmp_path):
     rows = {value: {"none": Script([400]), "batch": Script([100])} for value in range(1, 16)}
     path = synthetic.sweep(tmp_path, "depth", rows)
