@@ -63,7 +63,7 @@ def collecting(layers: dict[str, Any]) -> Iterator[dict[str, Collected]]:
             handle = one.layer.register_forward_pre_hook(_watch(one), with_kwargs=True)
             stack.callback(handle.remove)
             one.layer.training = True  # of the layer alone: what it activates by stays in evaluation
-            if isinstance(one.layer, RunningStatistics):
+            if _can_wait(one.layer):
                 stack.enter_context(_waiting(name, one))
         yield found
 
@@ -87,10 +87,17 @@ def _waiting(name: str, one: Collected) -> Iterator[None]:
             layer.statistics = policy
 
 
+def _can_wait(layer: Any) -> bool:
+    """Whether its statistics can wait for more batches, as those of normkit's batch norms can, whatever they are.
+
+    Those of an instance norm in bfloat16 may have been rounded on the way: its input is measured, as torch's is.
+    """
+    return isinstance(layer, RunningStatistics) and not isinstance(layer, INSTANCE)
+
+
 def _watch(one: Collected) -> Any:
-    """A hook that counts; of torch's layers, which cannot let statistics wait, it measures the input too."""
-    ours = isinstance(one.layer, RunningStatistics)
-    own = None if ours else replace(sets_of(one.layer)[0], pending=one.pending)
+    """A hook that counts; where statistics cannot wait, it measures the input too."""
+    own = None if _can_wait(one.layer) else replace(sets_of(one.layer)[0], pending=one.pending)
 
     def note(layer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         policy = getattr(layer, "statistics", None)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from normkit.surgery import preserve
@@ -98,7 +99,7 @@ def restored(model: nn.Module) -> Iterator[None]:
     """Modes, buffers (objects and values) and the random state as they were."""
     modules = list(model.modules())
     modes = [module.training for module in modules]
-    copied = lambda buffer: None if buffer is None else buffer.detach().clone()
+    copied = lambda buffer: None if buffer is None or is_lazy(buffer) else buffer.detach().clone()
     buffers = [{name: (held, copied(held)) for name, held in module._buffers.items()} for module in modules]
     try:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
