@@ -180,6 +180,32 @@ EXAMPLES = (
         parameters={"weight": [5], "bias": [1]},
         gradients={"weight": [1], "bias": [5]},
     ),
+    # The same numbers as two samples of one channel: the mean square is that of the batch.
+    # Running: 0.5 * 1 + 0.5 * 25.
+    Example(
+        "power_norm while it is warming up",
+        lambda: nk.PowerNorm(1, eps=0.0, decay=0.5),
+        x=[[1], [7]],
+        y=[[2], [8]],
+        upstream=[[5], [0]],
+        of_x=[[4.9], [-0.7]],
+        parameters={"weight": [5], "bias": [1]},
+        gradients={"weight": [1], "bias": [5]},
+        running={"running_square": [13], "nu": [0]},
+    ),
+    # Warm: by 4, the running square, h = 1/2 7/2. g = 25 0. nu = 2 before: dx = (g - 0.5 * 2 h) / 5, the batch's root:
+    # (25 - 1/2) / 5, -(7/2) / 5. nu moves by mean(g h) - 0.5 * 2 mean(h h) = 25/4 - 25/4 = 0, running to (4 + 25) / 2.
+    Example(
+        "power_norm when it is warm",
+        lambda: nk.PowerNorm(1, eps=0.0, decay=0.5, warmup=0),
+        x=[[1], [7]],
+        y=[[3.5], [18.5]],
+        upstream=[[5], [0]],
+        of_x=[[4.9], [-0.7]],
+        parameters={"weight": [5], "bias": [1], "running_square": [4], "nu": [2]},
+        gradients={"weight": [2.5], "bias": [5]},
+        running={"running_square": [14.5], "nu": [2]},
+    ),
     # Sizes 5 and 15, mean 10, shares 1/2 and 3/2. Channel 0: x/2 * 2 + x = 6 8; channel 1: 15 * 3/2 * 4 + 15 = 105.
     # Upstream only at the 3: share 0 receives 2 * 3 = 6, so size 0 receives 6/10 - 6 * 5/100 / 2 = 0.45 and size 1
     # -0.15; each size spreads by x / size: 3/5 4/5 and 0 1. At the 3 itself come 1 + 2 * 1/2. Weight: 3 * 1/2.

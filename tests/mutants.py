@@ -414,6 +414,10 @@ class RunningNotUsed(RunningMutant):
     def from_batch(self):
         return True
 
+    @classmethod
+    def spares(cls, use):
+        return super().spares(use) and not use.has("running_square")
+
 
 # gradients
 

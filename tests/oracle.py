@@ -88,6 +88,14 @@ def running_statistics(layer: nn.Module) -> list[str]:
     return [name for name in ("running_mean", "running_var") if getattr(layer, name, None) is not None]
 
 
+def known_statistics(layer: nn.Module) -> list[Tensor]:
+    """Mean and variance (or 0 and the mean square) by which evaluation normalises."""
+    square = getattr(layer, "running_square", None)
+    if square is not None:
+        return [torch.zeros_like(square), square]
+    return [getattr(layer, name) for name in running_statistics(layer)]
+
+
 def refusal(backend: str, layer: nn.Module, x: Tensor, residual: Tensor | None = None) -> str:
     """Why a backend does not take this input; empty: it does. The reference takes whatever it is asked for."""
     call = _record(layer, x.detach().requires_grad_(), residual)
@@ -152,9 +160,7 @@ class Truth:
             self.rstd = (self._mean((x - mean).square()) + eps).rsqrt()
             largest = x.abs().amax(self.pooled, keepdim=True) if x.numel() else mean
         else:
-            mean, var = (
-                getattr(self.layer, name).reshape(self._weight_view()) for name in running_statistics(self.layer)
-            )
+            mean, var = (t.reshape(self._weight_view()) for t in known_statistics(self.layer))
             self.rstd = (var + eps).rsqrt()
             largest = x.abs() + mean.abs()
         self.normalised = (x - mean) * self.rstd

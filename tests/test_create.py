@@ -40,6 +40,7 @@ TYPED = {
     nk.Derf: ("derf", "Derf", "dynamic_erf"),
     nk.SwitchableNorm: ("switchable", "switchable_norm", "SwitchableNorm2d"),
     nk.FilterResponseNorm: ("frn", "frn:tlu", "FRN", "filter_response_norm", "filter-response"),
+    nk.PowerNorm: ("power", "power:100", "PowerNorm", "power_norm"),
     nk.EvoNormB0: ("evonorm_b0", "EvoNorm-B0", "evonormb0"),
     nk.EvoNormS0: ("evonorm_s0", "evonorm-s0:4", "EvoNormS0"),
     nk.GlobalResponseNorm: ("grn", "GRN", "global_response_norm"),

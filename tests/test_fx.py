@@ -127,7 +127,7 @@ def test_a_layer_traced_by_itself_goes_as_torchs_goes(twin):
     assert traced(x, residual=residual).equal(ours(x, residual=residual))
 
 
-TRACKS = ("batch_norm", "instance_norm", "switchable_norm", "evonorm_b0")
+TRACKS = ("batch_norm", "instance_norm", "switchable_norm", "evonorm_b0", "power_norm")
 
 
 @pytest.mark.parametrize("form", [form for form in FORMS if form.name not in TRACKS], ids=str)
@@ -159,6 +159,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor], Callable[[Tensor], Tensor]]] =
         nk.functional.filter_response_norm,
         lambda x: nk.functional.filter_response_norm(x, activation="relu"),
     ),
+    "power_norm": (nk.functional.power_norm, lambda x: nk.functional.power_norm(x, torch.ones(6))),
     "global_response_norm": (nk.functional.global_response_norm, lambda x: nk.functional.global_response_norm(x)),
     "evonorm_s0": (nk.functional.evonorm_s0, lambda x: nk.functional.evonorm_s0(x, 3, torch.ones(6))),
     "evonorm_b0 in training": (

@@ -409,6 +409,8 @@ def test_the_functional_form_is_the_layer(form):
             given = (layer.normalized_shape, weight, bias, eps)
         case "filter_response_norm":
             given = (weight, bias, eps)
+        case "power_norm":
+            given = (layer.running_square, weight, bias, True, eps)
         case _:
             given = (layer.normalized_shape, weight, eps)
     if hasattr(layer, "channels_first"):
@@ -471,6 +473,7 @@ def assert_compiles(form: Form, **keep: Tensor) -> None:
 PLAIN = [form for form in PLANAR if form.label == ""]
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, in dynamo
 @pytest.mark.parametrize("form", PLAIN, ids=str)
 def test_torch_compile_takes_it_whole(form):
     assert_compiles(form, lengths=lengths_for(form))
@@ -484,6 +487,7 @@ def test_torch_compile_takes_every_mask_whole(form):
         assert_compiles(form, mask=shape)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, in dynamo
 @pytest.mark.parametrize("form", [form for form in PLAIN if "[s...]" in form.spec.over], ids=str)
 def test_one_graph_serves_batches_of_any_size(form):
     torch._dynamo.reset()

@@ -107,6 +107,7 @@ def test_the_functional_forms_have_the_same_options(name):
         "dyt": lambda m: (m.alpha, m.weight, m.bias),
         "derf": lambda m: (m.alpha, m.shift, m.weight, m.bias),
         "filter_response_norm": lambda m: (m.weight, m.bias),
+        "power_norm": lambda m: (m.running_square, m.weight, m.bias),
         "global_response_norm": lambda m: (m.weight, m.bias),
         "evonorm_s0": lambda m: (m.num_groups, m.v, m.weight, m.bias),
         "evonorm_b0": lambda m: (m.running_mean, m.running_var, m.v, m.weight, m.bias),

@@ -41,6 +41,7 @@ from normkit.norms.instance_norm import (
     LazyInstanceNorm3d,
 )
 from normkit.norms.layer_norm import LayerNorm
+from normkit.norms.power_norm import PowerNorm
 from normkit.norms.rms_norm import RMSNorm
 from normkit.norms.switchable_norm import SwitchableNorm
 from normkit.statistics.contexts import accumulate_statistics, statistics_frozen
@@ -95,6 +96,7 @@ __all__ = [
     "LazyInstanceNorm2d",
     "LazyInstanceNorm3d",
     "Moments",
+    "PowerNorm",
     "RMSNorm",
     "ScaledWSConv2d",
     "Spec",

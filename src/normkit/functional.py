@@ -11,6 +11,7 @@ from normkit.norms.group_norm import group_norm
 from normkit.norms.identity import identity
 from normkit.norms.instance_norm import instance_norm
 from normkit.norms.layer_norm import layer_norm
+from normkit.norms.power_norm import power_norm
 from normkit.norms.rms_norm import rms_norm
 from normkit.norms.switchable_norm import switchable_norm
 
@@ -26,6 +27,7 @@ __all__ = [
     "identity",
     "instance_norm",
     "layer_norm",
+    "power_norm",
     "rms_norm",
     "switchable_norm",
 ]

@@ -12,6 +12,7 @@ from normkit.norms import (
     identity,
     instance_norm,
     layer_norm,
+    power_norm,
     rms_norm,
     switchable_norm,
 )
@@ -23,6 +24,7 @@ MENU = (
     group_norm,
     instance_norm,
     switchable_norm,
+    power_norm,
     filter_response_norm,
     evonorm_b0,
     evonorm_s0,

@@ -145,8 +145,8 @@ class FilterResponseNorm(Norm, nn.Module, spec=SPEC):
         affine: learn ``weight`` and ``bias``, both (c,).
         device: of the parameters.
         dtype: of the parameters.
-        activation: ``"tlu"`` for the :class:`ThresholdedLinearUnit` of the paper, another name, a module or its class, or ``None``; a
-            child module of the layer. ``normkit.create("frn:tlu", 64)`` is short for it.
+        activation: ``"tlu"`` for the :class:`ThresholdedLinearUnit` of the paper, another name, a module or its class,
+            or ``None``; a child module of the layer. ``normkit.create("frn:tlu", 64)`` is short for it.
         backend: see :func:`normkit.backend`.
 
     Shapes: input, ``residual`` and output (n, c, s...). ``forward(input, *, residual=None, mask=None, lengths=None)``.
