@@ -154,8 +154,9 @@ def normalize(
     name = backend or _active
     followed = residual is not None or activation is not None
     try:
-        if name == "torch" and not followed and _recording is None and "save_output" not in details:
-            return by_torch()  # nothing to decide and nothing to follow: on a megabyte every further line would show
+        quick = not followed and _recording is None and "save_output" not in details
+        if quick and (name == "torch" or (name == "auto" and _torch_at_once(spec, x, None, False, **details))):
+            return by_torch()  # nothing follows, nothing is to be decided: on a megabyte every further line would show
         return _decided(name, spec, x, weight, bias, by_torch, residual, activation, **details)
     except (RuntimeError, ValueError, TypeError) as error:
         if type(error) not in (RuntimeError, ValueError, TypeError):
@@ -177,11 +178,9 @@ def _decided(
     """Whichever backend has to, with what follows the norm."""
     followed = residual is not None or activation is not None
     save_output = details.get("save_output", False) and not torch.compiler.is_compiling()  # compilers choose themselves
-    if not save_output and _recording is None and _torch_at_once(name, spec, details.get("over"), x, followed):
-        # nobody else has a say: skip the bookkeeping, which small tensors would feel
-        if not followed:
-            return by_torch()
-        fresh = _is_fresh(spec) and "counted" not in details
+    direct = name == "torch" or (name == "auto" and _torch_at_once(spec, x, activation, followed, **details))
+    if direct and not save_output and _recording is None:  # skip the bookkeeping, which small tensors would feel
+        fresh = followed and _is_fresh(spec) and "counted" not in details
         return epilogue.apply(by_torch(), residual, activation, fresh=fresh)
     call = Call(spec, x, weight, bias, by_torch, residual=residual, activation=activation, **details)
     if _recording is not None and _recorder == threading.get_ident():
@@ -237,22 +236,30 @@ def _is_fresh(spec: Spec) -> bool:
     return spec.over is not None and not halves.watched()
 
 
-def _torch_at_once(name: str, spec: Spec, over: str | None, x: Tensor, followed: bool) -> bool:
+def _torch_at_once(
+    spec: Spec,
+    x: Tensor,
+    activation: epilogue.Activation,
+    followed: bool,
+    *,
+    over: str | None = None,
+    batch_statistics: bool = True,
+    **_: Any,
+) -> bool:
     """Whether torch's operators run without a call being put together for the kernels to look at.
 
-    They were asked for; a compiler looks on and wants them; no kernel is there; or the kernels' own rule says that
-    torch is faster at this size.
+    No kernel is there; or the kernels' own rule says that torch, or a compiler of torch's operators, is faster here.
     """
-    if name != "auto":
-        return name == "torch"
     if torch.compiler.is_compiling():
-        return True
+        if not x.is_cpu:
+            return triton.PROVEN is None
+        return loading.module is None or native.compiler_is_faster(x, activation, batch_statistics)
     first = next(iter(BACKENDS.values()))
     if first is not NATIVE:
         return first is TORCH
     if loading.module is None:
         return BACKENDS.keys() <= _OURS and triton.PROVEN is None
-    return native.torch_is_faster(over or spec.over, spec.center, x, followed)
+    return native.torch_is_faster(over or spec.over, spec.center, x, activation, followed)
 
 
 def _choose(call: Call, name: str) -> Backend:

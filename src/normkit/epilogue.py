@@ -61,11 +61,17 @@ def apply(y: Tensor, residual: Tensor | None, activation: Activation, *, fresh: 
         y = y.add_(residual) if fresh and plain else y + residual
     if activation is None:
         return y
-    if fresh and fusible(activation)[0] == "relu":
+    if fresh and (activation == "relu" or _is_plain_relu(activation)):
         return torch.relu_(y)
     if isinstance(activation, str):
         return _FUNCTIONS[_name(activation)](y)
     return activation(y)
+
+
+def _is_plain_relu(activation: Activation) -> bool:
+    if type(activation) is not nn.ReLU:
+        return False
+    return not (activation._forward_hooks or activation._forward_pre_hooks or activation._backward_hooks)
 
 
 def fusible(activation: Activation) -> tuple[str | None, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -11,20 +10,23 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from normkit.kernels import loading
+from normkit.epilogue import fusible
+from normkit.kernels import loading, operators
 from normkit.kernels.plan import Plan, alike, plan_for
 
 if TYPE_CHECKING:
     from normkit.dispatch import Call
 
-SMALL = {"[n] c [s...]": 16_384, "n... [c...]": math.inf, "n (g [c]) [s...]": math.inf}
-"""Below so many elements torch's one operator for this pattern is faster. Layer and group norm alone have lost to it at
-every size that was timed so far; with a residual or an activation torch needs several operators."""
-SMALL_FUSED = 4096
-"""The same for a norm that is followed by a residual or an activation."""
-SMALL_PLANES = 64
-"""Group norm over maps of so few values, channels first and with what follows it: a kernel has more to begin and to end
-than to do (0.8 times as fast as torch's operators on 8x8; on 16x16 it is as fast)."""
+BATCH, LAYER, GROUP, OVER_CHANNELS = "[n] c [s...]", "n... [c...]", "n (g [c]) [s...]", "n [c] s..."
+SMALL = {BATCH: 2**14, LAYER: 2**20, GROUP: 2**21}
+"""Elements up to which torch's one operator for a pattern is faster than a kernel, where nothing follows it. Torch has
+none for RMS norm, and several for instance norm: there a kernel is faster at any size."""
+SMALL_FUSED = 2**12
+"""The same where a residual or an activation follows, for which torch needs further operators."""
+NARROW = 256
+"""Rows of fewer values, and maps of group norm of up to a quarter as many, have more to begin and to end than to do."""
+COMPILED, COMPILED_RELU = 2**21, 2**14
+"""Elements from which on a compiler puts these kernels into its graph as operators."""
 _PLAIN = (Tensor, torch.nn.Parameter)
 _FIRST, _SECOND, _BOTH = 1, 2, 3  # steps of a backward pass: the sums come first, the gradients of the inputs second
 
@@ -34,7 +36,7 @@ def reasons_against(call: Call) -> list[str]:
     if loading.module is None:
         return [loading.absence or ""]
     if torch.compiler.is_compiling():
-        return ["torch.compile and torch.export see torch's operators"]
+        return _reasons_against_compiling(call)
     for tensor in (call.x, call.weight, call.bias, call.residual, call.running_mean, call.running_var):
         if tensor is None:
             continue
@@ -59,30 +61,71 @@ def reasons_against(call: Call) -> list[str]:
     return []
 
 
-def torch_is_faster(over: str | None, center: bool, x: Tensor, fused: bool) -> bool:
-    """Whether torch's operators do the same in less time.
+def _reasons_against_compiling(call: Call) -> list[str]:
+    """The same for what a compiler looks on at: asked once, when it captures the graph."""
+    x, number = call.x, torch.float64 if call.x.dtype == torch.float64 else torch.float32
+    if not x.is_cpu:
+        return [f"a tensor is on {x.device}; these kernels are for the CPU"]
+    if call.counted is not None or call.composite or call.merged or call.eps <= 0:
+        return ["under a compiler the kernels run whole, plain norms only"]
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    if not x.is_contiguous() and (last is None or not x.is_contiguous(memory_format=last)):
+        return ["the input is neither contiguous nor channels-last in memory"]
+    for parameter in (call.weight, call.bias):
+        if parameter is not None and parameter.dtype not in (x.dtype, number):
+            return [f"weight and bias are {parameter.dtype} beside {x.dtype}"]
+    if call.residual is not None and call.residual.dtype != x.dtype:
+        return ["the residual is of another type than the input"]
+    return operators.reasons_against(call)
 
-    Torch has no one operator for RMS norm, and several for instance norm: there a kernel is faster at any size.
-    """
-    limit = SMALL.get(over, 0) if center and over is not None else 0
+
+def torch_is_faster(over: str | None, center: bool, x: Tensor, activation: Any, fused: bool) -> bool:
+    """Whether torch's operators do the same in less time: what ``normkit bench`` has shown, as a rule."""
+    if over == OVER_CHANNELS and center and not fused:
+        return _is_channels_last(x)  # layer norm over channels as they lie
+    if not center or over not in SMALL:
+        return False
+    wide = x.element_size() >= 4
     if fused:
-        return x.numel() < min(limit, SMALL_FUSED) or (over == "n (g [c]) [s...]" and _has_small_planes(x))
-    return x.numel() < limit or (over == "n [c] s..." and center and _is_channels_last(x))
+        narrow = over == LAYER and wide and x.shape[-1] < NARROW
+        return x.numel() < SMALL_FUSED or narrow or _has_small_maps(over, x) or fusible(activation)[0] == "gelu"
+    if over == BATCH:
+        return x.numel() < SMALL[BATCH]
+    if over == GROUP:
+        half = not x.is_contiguous()
+        return x.numel() < SMALL[GROUP] // (2 if half else 1) or not (wide or half)
+    least = SMALL[LAYER] if wide else SMALL[LAYER] // 4
+    forward_only = wide and not torch.is_grad_enabled()  # the backward pass is where most is won
+    return x.shape[-1] < (2 * NARROW if wide else NARROW) or x.numel() < (4 * least if forward_only else least)
 
 
-def _has_small_planes(x: Tensor) -> bool:
-    return 1 < x.shape[2:].numel() <= SMALL_PLANES and x.is_contiguous()
+def _has_small_maps(over: str, x: Tensor) -> bool:
+    return over == GROUP and 1 < x.shape[2:].numel() <= NARROW // 4 and x.is_contiguous()
 
 
 def _is_channels_last(x: Tensor) -> bool:
-    """Then torch's layer norm runs over the channels as they lie, by its one operator."""
     return x.dim() > 2 and not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
+
+
+def compiler_is_faster(x: Tensor, activation: Any, batch_statistics: bool) -> bool:
+    """Whether a compiler that sees torch's operators makes of them what takes less time than these kernels.
+
+    Without a backward pass, or by given statistics, it fuses the norm with its neighbours. In training Inductor wins
+    where the cost of calling an operator is much of the whole; not with a ReLU, whose mask it stores bit by bit.
+    """
+    if not (batch_statistics and torch.is_grad_enabled()):
+        return True
+    name, _ = fusible(activation)
+    return name == "gelu" or x.numel() < (COMPILED_RELU if name == "relu" else COMPILED)
 
 
 def reluctance(call: Call) -> list[str]:
     """Why the compiled kernels will not run a call that they could run, unless asked for by name."""
+    if torch.compiler.is_compiling():
+        faster = compiler_is_faster(call.x, call.activation, call.batch_statistics)
+        return ["a compiler of torch's operators is faster here"] if faster else []
     fused = call.residual is not None or call.activation is not None
-    if not call.merged and torch_is_faster(call.over, call.spec.center, call.x, fused):
+    if not call.merged and torch_is_faster(call.over, call.spec.center, call.x, call.activation, fused):
         return ["torch's operators were faster for this norm, size and layout"]
     return []
 
@@ -136,6 +179,8 @@ def _counts(counter: Tensor | None) -> bool:
 
 def run(call: Call) -> Tensor:
     """Carry out a call that there is no reason against."""
+    if torch.compiler.is_compiling():
+        return operators.run("native", call)
     plan: Plan = call.plan
     x, weight, bias, residual = call.x, call.weight, call.bias, call.residual
     if torch.is_grad_enabled() and (
@@ -203,37 +248,52 @@ class _Normalize(torch.autograd.Function):
             return (None,) * 8
         if torch.is_grad_enabled() or _is_watched():
             return (*_differentiable(ctx, dy, _signs), None, None, None, None)
-        plan: Plan = ctx.plan
-        x, weight, bias, residual, stats, bits = ctx.saved_tensors
-        x = alike(x, x, plan.strides)  # hooks on saved tensors may have laid it out anew
-        need_x, need_weight, need_bias, need_residual = ctx.needs_input_grad[:4]
-        dy = alike(dy, x, plan.strides)
-        kept = None if residual is None else alike(residual, x, plan.strides)
-        dx = torch.empty_like(x) if need_x else None
-        # Without an activation the residual's gradient is dy itself.
-        through = need_residual and plan.activation is not None
-        dresidual = torch.empty_like(x) if through else (dy if need_residual else None)
-        dweight = torch.empty_like(weight) if need_weight else None
-        dbias = torch.empty(plan.parameters, dtype=ctx.bias_type) if need_bias else None
-        plan.kernel.backward(
-            x.data_ptr(),
-            dy.data_ptr(),
-            _address(kept),
-            _address(weight),
-            _address(bias),
-            stats.data_ptr(),
-            _address(bits),
-            _address(dx),
-            _address(dresidual) if through else 0,
-            _address(dweight),
-            _address(dbias),
-            0,
-            0.0,
-            _BOTH,
-            torch.get_num_threads(),
-        )
-        return dx, dweight, dbias, dresidual, None, None, None, None
+        found = _backward(ctx.plan, ctx.saved_tensors, dy, ctx.needs_input_grad[:4], ctx.bias_type)
+        return (*found, None, None, None, None)
 
+
+def _backward(
+    plan: Plan, saved: tuple, dy: Tensor, need: tuple[bool, ...], bias_type: torch.dtype | None
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, weight, bias and residual; ``saved``: x, weight, bias, residual, statistics, bits."""
+    x, weight, bias, residual, stats, bits = saved
+    x = alike(x, x, plan.strides)  # hooks on saved tensors may have laid it out anew
+    need_x, need_weight, need_bias, need_residual = need
+    dy = alike(dy, x, plan.strides)
+    kept = None if residual is None else alike(residual, x, plan.strides)
+    dx = torch.empty_like(x) if need_x else None
+    # Without an activation the residual's gradient is dy itself.
+    through = need_residual and plan.activation is not None
+    dresidual = torch.empty_like(x) if through else (dy if need_residual else None)
+    dweight = torch.empty_like(weight) if need_weight else None
+    dbias = torch.empty(plan.parameters, dtype=bias_type) if need_bias else None
+    plan.kernel.backward(
+        x.data_ptr(),
+        dy.data_ptr(),
+        _address(kept),
+        _address(weight),
+        _address(bias),
+        stats.data_ptr(),
+        _address(bits),
+        _address(dx),
+        _address(dresidual) if through else 0,
+        _address(dweight),
+        _address(dbias),
+        0,
+        0.0,
+        _BOTH,
+        torch.get_num_threads(),
+    )
+    return dx, dweight, dbias, dresidual
+
+
+operators.RUNS["native"] = operators.Runs(
+    forward=lambda plan, call, bits: _forward(plan, call.x, call.weight, call.bias, call.residual, call, bits),
+    backward=lambda plan, saved, dy, need: _backward(
+        plan, saved, dy, need, None if saved[2] is None else saved[2].dtype
+    ),
+)
+"""What compilers see of these kernels."""
 
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
