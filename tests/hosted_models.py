@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: `make test-all` installs it")
-pytestmark = pytest.mark.slow
 Inputs = dict[str, Tensor]
 
 

@@ -73,6 +73,16 @@ def test_the_first_call_makes_the_environment_and_the_second_starts_at_once(chec
     assert len([*(checkout / ".venv").glob("installed-*")]) == 1
 
 
+def test_only_test_all_installs_other_peoples_models_and_it_installs_them_once(checkout):
+    make(checkout, "test")
+    assert not any("transformers" in line for line in asked(checkout))
+    make(checkout, "test-all")
+    (install,) = [line for line in asked(checkout) if " install " in line]
+    assert "-c constraints.txt" in install
+    make(checkout, "test-all")
+    assert not any(" install " in line for line in asked(checkout))
+
+
 @pytest.mark.parametrize("left", ["a Python without pip", "a link to nowhere", "an empty folder"])
 def test_what_an_interrupted_run_left_behind_is_made_again(checkout, left):
     python = checkout / ".venv" / "bin" / "python"

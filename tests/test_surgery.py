@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from normkit.surgery import Plan, operate
+from normkit.surgery import Plan, operate, probe
 from normkit.vocabulary.certificate import Agreement, Certificate, Untouched
 from normkit.vocabulary.prescription import MEANING, Prescription
 from normkit.vocabulary.reading import Reading
@@ -181,3 +182,17 @@ def test_safeties_and_readings():
     with pytest.raises(ValueError, match="choose from: identical, train_identical, eval_identical, retrain"):
         Prescription("a", "b", "c", safety="safe")
     assert Reading("drift", 0.5, "layer1.bn1", unit="standard deviations").step is None
+
+
+def test_a_model_that_draws_numbers_of_python_and_numpy_draws_the_same_ones_on_each_probe():
+    np = pytest.importorskip("numpy", reason="numpy is not installed")
+
+    class Augmenting(nn.Module):
+        def forward(self, x):
+            return x * np.random.rand() * random.random() * torch.rand(())
+
+    model, state = Augmenting(), (random.getstate(), np.random.get_state()[1].copy())
+    first, second = (probe.run(model, torch.ones(3), training=True).tensors["output 0"] for _ in range(2))
+    assert torch.equal(first, second)
+    assert state[0] == random.getstate()
+    assert (state[1] == np.random.get_state()[1]).all()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import random
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -102,7 +104,7 @@ def restored(model: nn.Module) -> Iterator[None]:
     copied = lambda buffer: None if buffer is None or is_lazy(buffer) else buffer.detach().clone()
     buffers = [{name: (held, copied(held)) for name, held in module._buffers.items()} for module in modules]
     try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
+        with _random_numbers_restored():
             yield
     finally:
         for module, training, kept in zip(modules, modes, buffers, strict=True):
@@ -112,3 +114,17 @@ def restored(model: nn.Module) -> Iterator[None]:
                 if held is not None and value is not None:
                     with torch.no_grad():
                         held.copy_(value)
+
+
+@contextlib.contextmanager
+def _random_numbers_restored() -> Iterator[None]:
+    """torch's, Python's and NumPy's: a model that draws any of them draws the same ones in its next run."""
+    numpy: Any = sys.modules.get("numpy.random")
+    before = random.getstate(), None if numpy is None else numpy.get_state()
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
+            yield
+    finally:
+        random.setstate(before[0])
+        if numpy is not None:
+            numpy.set_state(before[1])
