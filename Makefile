@@ -13,6 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
+MODELS := $(subst installed-,models-,$(INSTALLED))
 
 # Two workers with one thread each: more threads than cores make every worker slower.
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
@@ -30,7 +31,7 @@ compare: $(INSTALLED)  ## train real networks with and without normalization, an
 test: $(INSTALLED)  ## every test but the slow ones
 	@$(PYTEST) -m "not slow" --durations 5 --durations-min 10 $(ARGS)
 
-test-all: $(INSTALLED)  ## every test; prints what was skipped, and why
+test-all: $(INSTALLED) $(MODELS)  ## every test; prints what was skipped, and why
 	@$(PYTEST) -rs $(ARGS)
 
 check: $(INSTALLED)  ## format, lint, types, generated documentation
@@ -64,4 +65,11 @@ $(INSTALLED):
 		$$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["dev"])')
 	@$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[lab,export]"
 	@rm -f $(VENV)/installed-*
+	@touch $@
+
+# What only the slow tests want. No torch among it, and none that another could choose.
+$(MODELS): | $(INSTALLED)
+	@$(PIP) install -q -c constraints.txt \
+		$$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["models"])')
+	@rm -f $(VENV)/models-*
 	@touch $@
