@@ -12,7 +12,9 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-INSTALLED := $(VENV)/installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
+# The builds of torch for CUDA bring the Triton that they want; beside any other, the tests of the GPU kernels want this.
+TRITON := triton==3.9.0
+INSTALLED := $(VENV)/installed-$(shell cat pyproject.toml constraints.txt <(echo $(TRITON)) | cksum | cut -d ' ' -f 1)
 MODELS := $(subst installed-,models-,$(INSTALLED))
 
 # Two workers with one thread each: more threads than cores make every worker slower.
@@ -64,6 +66,8 @@ $(INSTALLED):
 	@$(PIP) install -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$$(grep '^torch==' constraints.txt)" \
 		$$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["dev"])')
 	@$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[lab,export]"
+	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install -q --no-deps $(TRITON) || \
+		echo 'There is no $(TRITON) for this machine: the tests of the GPU kernels will be skipped' >&2
 	@rm -f $(VENV)/installed-*
 	@touch $@
 

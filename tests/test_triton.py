@@ -18,14 +18,14 @@ HERE = Path(__file__).parent
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed: make test installs it on Linux"
 )
-CAST = "ignore:overflow encountered in cast:RuntimeWarning"
-"""Lanes of a tile that hold no element, and that nobody stores."""
+OVERFLOW = "ignore:overflow encountered:RuntimeWarning"
+"""Of NumPy, which the interpreter computes with: exp(-z) far out in a sigmoid, lanes of a tile that nobody stores."""
 
 
 def interpreted(*arguments: str) -> None:
     """Run tests in a process whose Triton interprets: that is settled when Triton is loaded."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(HERE)}
-    plugins = ["-p", "triton_interpreter", "-p", "no:xdist", "-W", CAST]
+    plugins = ["-p", "triton_interpreter", "-p", "no:xdist", "-W", OVERFLOW]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "--timeout", "1200", *plugins, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE.parent)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

@@ -1,0 +1,98 @@
+"""Who is timed: normkit's Triton kernels, torch eager with and without cuDNN, torch.compile, and what is installed."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from rows import Row
+from torch import Tensor, nn
+
+from normkit.bench.inputs import Inputs, weight_dtype
+from normkit.bench.peers import EPS, Peer, eager, layer, ours
+
+OURS = "normkit"
+Maker = Callable[[], Peer]
+
+
+def contenders(row: Row, given: Inputs) -> Iterator[tuple[str, Maker]]:
+    """Names and what makes them, ours and torch's first: the others are left out when the time is up."""
+    case, kind = row.case, getattr(torch, weight_dtype(row.case, row.dtype))
+    device = str(given.x.device)
+    yield OURS, lambda: ours(case, kind, given, "triton")
+    yield "torch", lambda: eager(case, kind, device)
+    yield "torch.compile", lambda: _compiled(row, kind, device, None)
+    if case.norm == "batch":
+        yield "torch without cuDNN", lambda: _without_cudnn(eager(case, kind, device))
+    if row.autotuned:
+        yield "torch.compile, autotuned", lambda: _compiled(row, kind, device, "max-autotune-no-cudagraphs")
+    if case.features_last and case.activation is None and not case.residual:
+        for name, make in EXTERNAL.items():
+            yield name, lambda make=make: _external(make, row, kind, device)  # type: ignore[misc]
+
+
+def _compiled(row: Row, kind: torch.dtype, device: str, mode: str | None) -> Peer:
+    plain = eager(row.case, kind, device, in_place=False)
+    call = torch.compile(plain.call, fullgraph=True, dynamic=False, mode=mode)
+    return Peer("torch.compile", call, plain.layer)
+
+
+def _without_cudnn(peer: Peer) -> Peer:
+    def call(x: Tensor, residual: Tensor | None) -> Tensor:
+        with torch.backends.cudnn.flags(enabled=False):
+            return peer.call(x, residual)
+
+    return Peer("torch without cuDNN", call, peer.layer)
+
+
+class Absent(Exception):
+    """Not installed here, or has nothing for this case."""
+
+
+def _external(make: Callable[[Any, nn.Module], Callable[[Tensor], Tensor]], row: Row, kind: Any, device: str) -> Peer:
+    own = layer(row.case, kind, device)
+    call = make(row, own)
+    return Peer("external", lambda x, residual: call(x), own)
+
+
+def _module(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # a broken installation is absent too
+        raise Absent(f"{name}: {type(error).__name__}: {str(error)[:120]}") from None
+
+
+def _liger(row: Row, own: Any) -> Callable[[Tensor], Tensor]:
+    if row.case.norm == "rms":
+        function = _module("liger_kernel.ops.rms_norm").LigerRMSNormFunction
+        return lambda x: function.apply(x, own.weight, EPS)
+    function = _module("liger_kernel.ops.layer_norm").LigerLayerNormFunction
+    return lambda x: function.apply(x, own.weight, own.bias, EPS)
+
+
+def _quack(row: Row, own: Any) -> Callable[[Tensor], Tensor]:
+    if row.case.norm != "rms":
+        raise Absent("QuACK: timed for RMS norm only")
+    function = _module("quack").rmsnorm
+    return lambda x: function(x, own.weight, eps=EPS)
+
+
+def _flash_attention(row: Row, own: Any) -> Callable[[Tensor], Tensor]:
+    function = _module("flash_attn.ops.triton.layer_norm").layer_norm_fn
+    rms = row.case.norm == "rms"
+    return lambda x: function(x, own.weight, None if rms else own.bias, eps=EPS, is_rms_norm=rms)
+
+
+EXTERNAL = {"Liger": _liger, "QuACK": _quack, "flash-attention": _flash_attention}
+
+
+@contextlib.contextmanager
+def forgetting() -> Iterator[None]:
+    """What was compiled for a row is not wanted for the next one."""
+    try:
+        yield
+    finally:
+        torch.compiler.reset()

@@ -1,0 +1,236 @@
+"""Parity of the Triton kernels on a GPU, then their speed, in 8 minutes: ``python bench/gpu/measure.py``.
+
+Parity comes first: every row on a smaller tensor against the float64 oracle, in all three types. A row that is red is
+not timed, and the status is 1. What the time does not suffice for is recorded as ``no time``; the order of ``rows.py``
+says what comes first. Records are JSON lines below ``records/bench/gpu/<commit>/``; the table comes last.
+
+    python bench/gpu/measure.py                     # all of it
+    python bench/gpu/measure.py --only 'group_norm*'
+    python bench/gpu/measure.py --rehearse          # the same on a CPU, toy shapes, in Triton's interpreter; no figures
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+if "--rehearse" in sys.argv:  # settled when Triton is loaded
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import models  # noqa: E402
+import torch  # noqa: E402
+from clocks import DeviceClock, Rehearsal, measured  # noqa: E402
+from contenders import OURS, Absent, contenders, forgetting  # noqa: E402
+from rows import MODELS, ROWS, Row  # noqa: E402
+
+from normkit.bench import parity  # noqa: E402
+from normkit.bench.inputs import FORMATS, Inputs, inputs, weight_dtype  # noqa: E402
+from normkit.bench.peers import ours  # noqa: E402
+from normkit.vocabulary.record import encode_line  # noqa: E402
+
+Record = dict[str, Any]
+COMPILING, CALLING = 15.0, 2.0
+"""Seconds that a contender may take: one that is not begun in time would end after it."""
+PARITY_TYPES = ("float32", "bfloat16", "float16")
+
+
+def checks(row: Row, device: str) -> Iterator[Record]:
+    """One record per type: the row's norm on a smaller tensor against the oracle."""
+    for dtype in PARITY_TYPES:
+        record = {"kind": "parity", "row": row.name, "shape": list(row.case.shape), "dtype": dtype}
+        given = inputs(row.case, dtype, row.layout, device)
+        kind = getattr(torch, weight_dtype(row.case, dtype))
+        try:
+            right = parity.truth(row.case, given, kind)
+            found = parity.check(ours(row.case, kind, given, "triton"), given, right)
+            wrong = parity.objection(found)
+        except Exception as error:
+            yield {**record, "state": "red", "why": f"{type(error).__name__}: {str(error)[:300]}"}
+            continue
+        yield {**record, "state": "red" if wrong else "green", "why": wrong, "parity": parity.to_json(found)}
+
+
+def timings(row: Row, clock: Any, bandwidth: float, out_of_time: Any) -> Iterator[Record]:
+    """One record per contender."""
+    given = _drawn_there(row, clock.device)
+    floor = row.case.floor(row.streamed)[1] * row.case.size(row.dtype)
+    size = list(row.case.shape)
+    base: Record = {"kind": "timing", "row": row.name, "shape": size, "dtype": row.dtype, "layout": row.layout}
+    for name, make in contenders(row, given):
+        record = {**base, "implementation": name, "floor_bytes": floor}
+        if out_of_time(COMPILING if "compile" in name else CALLING):
+            yield {**record, "state": "no time"}
+            continue
+        try:
+            with forgetting():
+                told = measured(clock, make().step(given))
+        except Absent as reason:
+            yield {**record, "state": "absent", "why": str(reason)}
+            continue
+        except Exception as error:
+            yield {**record, "state": "failed", "why": f"{type(error).__name__}: {str(error)[:300]}"}
+            continue
+        rate = floor / (told["step_ms"] / 1e3)
+        yield {**record, "state": "measured", **told, "bytes_per_second": rate, "of_copy": rate / bandwidth}
+
+
+def _drawn_there(row: Row, device: str) -> Inputs:
+    """Inputs as the benchmark's, but drawn on the device: hundreds of megabytes from the CPU would take the minutes."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(scale: float, offset: float) -> torch.Tensor:
+        values = torch.empty(row.case.shape, device=device).normal_(offset, scale, generator=generator)
+        last = row.layout == "channels_last"
+        return values.to(getattr(torch, row.dtype), memory_format=FORMATS[values.dim()] if last else None)
+
+    residual = draw(1.5, -0.5).requires_grad_() if row.case.residual else None
+    return Inputs(draw(2.0, 1.5).requires_grad_(), residual, draw(1.0, 0.1))
+
+
+def run(chosen: list[Row], wanted_models: list[str], clock: Any, minutes: float, write: Any) -> list[Record]:
+    """Parity, timings, models; every record is written as soon as it is there."""
+    begin, toy = time.monotonic(), clock.device == "cpu"
+    out_of_time = lambda needed: time.monotonic() - begin + needed > 60 * minutes
+    done: list[Record] = []
+
+    def keep(record: Record) -> Record:
+        write({**record, "rehearsal": True} if toy else record)
+        done.append(record)
+        return record
+
+    red: set[str] = set()
+    checked: dict[tuple, str] = {}
+    for row in chosen:
+        case = (row.toy if toy else row.small).case
+        place = (case, row.layout)
+        if place not in checked:  # rows that differ in their type are checked once, in every type
+            found = [
+                keep({**record, "row": row.name}) for record in checks((row.toy if toy else row.small), clock.device)
+            ]
+            checked[place] = "red" if any(record["state"] == "red" for record in found) else "green"
+        if checked[place] == "red":
+            red.add(row.name)
+    bandwidth = clock.copy_bandwidth()
+    keep({"kind": "copy", "bytes_per_second": bandwidth})
+    for row in chosen:
+        if row.name in red:
+            keep(
+                {"kind": "timing", "row": row.name, "implementation": OURS, "state": "refused", "why": "parity is red"}
+            )
+            continue
+        for record in timings(row.toy if toy else row, clock, bandwidth, out_of_time):
+            keep({**record, "row": row.name})
+    for name in wanted_models:
+        for record in models.records(name, clock, out_of_time):
+            keep(record)
+    return done
+
+
+def table(records: list[Record]) -> str:
+    """What was found, one line per row: milliseconds of forward and backward, fraction of the copy, ratios."""
+    lines = [f"{'':<64}{'ms':>9}{'of copy':>9}{'x eager':>9}{'x compile':>10}"]
+    for title in dict.fromkeys(r.get("row") or r.get("model") for r in records if r["kind"] in ("timing", "model")):
+        found = {
+            r["implementation"]: r for r in records if title in (r.get("row"), r.get("model")) and "implementation" in r
+        }
+        mine = found.get(OURS, {})
+        if mine.get("state") != "measured":
+            lines.append(f"{title:<64}{mine.get('state', 'nothing')}: {mine.get('why', '')}"[:120].rstrip(": "))
+            continue
+        of_copy = f"{mine['of_copy']:.2f}" if "of_copy" in mine else ""
+        cells = [f"{mine['step_ms']:.3f}", of_copy, _ratio(found, mine, "torch"), _ratio(found, mine, "torch.compile")]
+        lines.append(f"{title:<64}{cells[0]:>9}{cells[1]:>9}{cells[2]:>9}{cells[3]:>10}")
+    checks_made = [r for r in records if r["kind"] == "parity"]
+    red = [r for r in checks_made if r["state"] == "red"]
+    lines.append(f"parity: {len(checks_made) - len(red)} of {len(checks_made)} green")
+    lines += [f"  red: {r['row']} in {r['dtype']}: {r['why']}"[:200] for r in red[:5]]
+    return "\n".join(lines)
+
+
+def _ratio(found: dict[str, Record], mine: Record, other: str) -> str:
+    theirs = found.get(other, {})
+    return (
+        f"{theirs['step_ms'] / mine['step_ms']:.2f}" if theirs.get("state") == "measured" else theirs.get("state", "")
+    )
+
+
+def environment(clock: Any) -> Record:
+    """Of the whole run: no name of a machine or a person."""
+    import triton
+
+    gpu = torch.cuda.get_device_properties(0) if clock.device == "cuda" else None
+    return {
+        "kind": "environment",
+        "commit": commit(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda,
+        "gpu": gpu and {"name": gpu.name, "processors": gpu.multi_processor_count, "memory": gpu.total_memory},
+    }
+
+
+def commit() -> str:
+    """Of the working tree; ``-changed`` when it is not what was committed."""
+    git = lambda *words: subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True).stdout.strip()
+    changed = "-changed" if git("status", "--porcelain", "--untracked-files=no") else ""
+    return git("rev-parse", "--short=12", "HEAD") + changed
+
+
+def main(argv: list[str]) -> int:
+    asked = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    asked.add_argument("--only", action="append", default=[], help="rows or models whose name fits this pattern")
+    asked.add_argument("--minutes", type=float, default=8.0, help="nothing is begun that would end later")
+    asked.add_argument("--out", type=Path, help="directory of the records; default records/bench/gpu/<commit>")
+    asked.add_argument("--rehearse", action="store_true", help="on a CPU, in Triton's interpreter: no figures")
+    options = asked.parse_args(argv)
+    if not options.rehearse and not torch.cuda.is_available():
+        print("error: torch sees no GPU here.\n  run this on a machine with one, or rehearse it: --rehearse")
+        return 2
+    chosen = [row for row in ROWS if _fits(row.name, options.only)]
+    wanted = [name for name in MODELS if _fits(name, options.only)]
+    if not chosen and not wanted:
+        print(f"error: no row and no model fits {options.only}.\n  choose from:")
+        print("\n".join(f"    {name}" for name in (*(row.name for row in ROWS), *MODELS)))
+        return 2
+    clock = Rehearsal() if options.rehearse else DeviceClock()
+    if options.rehearse and options.out is None:
+        write = lambda record: None
+    else:
+        directory = options.out or HERE.parent.parent / "records" / "bench" / "gpu" / commit()
+        directory.mkdir(parents=True, exist_ok=True)
+        write = _writer(directory)
+    write(environment(clock))
+    records = run(chosen, wanted, clock, options.minutes, write)
+    print(table(records))
+    if options.rehearse:
+        print("a rehearsal: every time above is that of an interpreter on toy shapes")
+    return 1 if any(record["state"] == "red" for record in records if "state" in record) else 0
+
+
+def _writer(directory: Path) -> Any:
+    """Parity in a file of its own: it is what says that the kernels are right at this commit."""
+
+    def write(record: Record) -> None:
+        names = {"parity": ["parity"], "environment": ["parity", "timings"]}.get(record["kind"], ["timings"])
+        for name in names:
+            with open(directory / f"{name}.jsonl", "ab") as file:
+                file.write(encode_line(record))
+
+    return write
+
+
+def _fits(name: str, patterns: list[str]) -> bool:
+    return not patterns or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,157 @@
+"""bench/gpu without a GPU: what it would do, what it says, and that nothing red is timed."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import normkit as nk
+
+ROOT = Path(__file__).parent.parent
+GPU = ROOT / "bench" / "gpu"
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    """The scripts as modules."""
+    sys.path.insert(0, str(GPU))
+    names = ("rows", "clocks", "contenders", "models", "measure")
+    try:
+        yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+    finally:
+        sys.path.remove(str(GPU))
+        for name in names:
+            sys.modules.pop(name, None)
+
+
+def test_the_queue_lists_every_row_and_says_of_each_whether_it_was_measured(gpu):
+    lines = (GPU / "README.md").read_text().splitlines()
+    measured = [path.name for path in (ROOT / "records" / "bench" / "gpu").glob("*")]
+    for name in [*(row.name for row in gpu.rows.ROWS), *gpu.rows.MODELS]:
+        (line,) = [line for line in lines if line.startswith(f"| {name} |")]
+        status = line.rstrip(" |").rpartition("| ")[2]
+        assert status == "not measured" or status in measured
+    assert len({row.name for row in gpu.rows.ROWS}) == len(gpu.rows.ROWS)
+
+
+def test_a_row_for_the_oracle_keeps_channels_groups_and_axes(gpu):
+    for row in gpu.rows.ROWS:
+        for other in (row.small.case, row.toy.case):
+            assert len(other.shape) == len(row.case.shape)
+            assert other.op == row.case.op
+        axis = -1 if row.case.features_last else 1
+        assert row.small.case.shape[axis] == row.case.shape[axis]
+        assert all(size > 0 for size in row.small.case.shape)
+
+
+class Clock:
+    """A step takes as long as the list says."""
+
+    device = "cpu"
+
+    def __init__(self, *milliseconds: float) -> None:
+        self.left = list(milliseconds)
+
+    def events(self, step):
+        return {"forward_ms": 1.0, "step_ms": self.left.pop(0)}
+
+    def wall(self, step):
+        return 5.0
+
+    def graph(self, step):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    def peak(self, step):
+        return 3.0
+
+    def copy_bandwidth(self):
+        return 1e9
+
+
+def contenders_of(monkeypatch, gpu, *names):
+    made = [(name, lambda: SimpleNamespace(step=lambda given: None)) for name in names]
+    monkeypatch.setattr(gpu.measure, "contenders", lambda row, given: iter(made))
+
+
+def test_what_is_red_is_not_timed_and_the_status_says_so(gpu, monkeypatch):
+    row = gpu.rows.ROWS[0]
+    contenders_of(monkeypatch, gpu, "normkit")
+    red = {"kind": "parity", "row": row.name, "dtype": "float32", "state": "red", "why": "x: error 1, may be 0"}
+    monkeypatch.setattr(gpu.measure, "checks", lambda row, device: iter([red]))
+    written = []
+    records = gpu.measure.run([row], [], Clock(1.0), 8.0, written.append)
+    assert [r["state"] for r in records if r["kind"] == "timing"] == ["refused"]
+    assert len(written) == len(records)
+    assert "parity: 0 of 1 green" in gpu.measure.table(records)
+    assert "refused: parity is red" in gpu.measure.table(records)
+
+
+def test_fractions_and_ratios_are_those_of_the_times(gpu, monkeypatch):
+    row = gpu.rows.ROWS[0]
+    contenders_of(monkeypatch, gpu, "normkit", "torch", "torch.compile")
+    monkeypatch.setattr(gpu.measure, "checks", lambda row, device: iter([{"kind": "parity", "state": "green"}]))
+    records = gpu.measure.run([row], [], Clock(2.0, 5.0, 3.0), 8.0, lambda record: None)
+    mine, eager, _ = [r for r in records if r["kind"] == "timing"]
+    toy = row.toy.case
+    assert mine["floor_bytes"] == toy.size("bfloat16") * toy.floor(True)[1]
+    assert mine["of_copy"] == pytest.approx(mine["floor_bytes"] / 2e-3 / 1e9)
+    assert eager["state"] == "measured"
+    assert "capturing" in mine["graph_why"]
+    line = gpu.measure.table(records).splitlines()[1].split()
+    assert line[-2:] == ["2.50", "1.50"]
+
+
+def test_what_would_end_too_late_is_not_begun(gpu, monkeypatch):
+    row = gpu.rows.ROWS[0]
+    contenders_of(monkeypatch, gpu, "normkit", "torch.compile")
+    monkeypatch.setattr(gpu.measure, "checks", lambda row, device: iter([]))
+    records = gpu.measure.run([row], [], Clock(2.0), 5 / 60, lambda record: None)
+    assert [r["state"] for r in records if r["kind"] == "timing"] == ["measured", "no time"]
+
+
+def test_a_contender_that_is_not_installed_is_recorded_with_the_reason(gpu, monkeypatch):
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops.rms_norm", None)
+    row = next(row for row in gpu.rows.ROWS if row.case.norm == "rms")
+    from normkit.bench.inputs import inputs
+
+    given = inputs(row.toy.case, row.dtype, row.layout)
+    makers = dict(gpu.contenders.contenders(row.toy, given))
+    assert list(makers)[:3] == ["normkit", "torch", "torch.compile"]
+    with pytest.raises(gpu.contenders.Absent, match="liger_kernel"):
+        makers["Liger"]()
+
+
+def test_without_a_gpu_it_says_what_to_do():
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = subprocess.run([sys.executable, str(GPU / "measure.py")], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "rehearse" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_the_rehearsal_takes_every_path_and_writes_records(tmp_path):
+    command = [sys.executable, "-W", "ignore", str(GPU / "measure.py"), "--rehearse", "--out", str(tmp_path)]
+    command += ["--minutes", "20"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.stdout.rstrip().endswith("a rehearsal: every time above is that of an interpreter on toy shapes")
+    records = [json.loads(line) for line in (tmp_path / "timings.jsonl").read_text().splitlines()]
+    assert all(record.get("rehearsal") for record in records[1:])
+    states = {record["state"] for record in records if record.get("implementation") in ("normkit", "torch")}
+    assert states == {"measured"}
+    checks = [json.loads(line) for line in (tmp_path / "parity.jsonl").read_text().splitlines()][1:]
+    assert {record["state"] for record in checks} == {"green"}
+    assert nk.dispatch.TRITON.name == "triton"
