@@ -92,10 +92,10 @@ def _against(model: nn.Module, graph: fx.Graph, node: fx.Node, owners: Counter[i
     if node.op != "call_module":
         return "it is no layer"
     layer = model.get_submodule(str(node.target))
-    if type(layer) not in kinds:
-        return f"it is {type(layer).__name__}"
     if parametrize.is_parametrized(layer) or has_hooks(layer):
         return "it has hooks or parametrizations"
+    if type(layer) not in kinds:
+        return f"it is {type(layer).__name__}"
     if any(owners[id(p)] > 1 for p in layer.parameters(recurse=False)):
         return "it shares its weights"
     same = [n for n in graph.nodes if n.op == "call_module" and model.get_submodule(str(n.target)) is layer]
