@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -292,3 +294,19 @@ def test_a_missing_extra_is_named_before_any_work(run, place, monkeypatch):  # n
     for words in (("-o", "out.safetensors"), ("--checkpoint", "in.safetensors", "-o", "out.pt")):
         message = refused(run("freeze", f"{place.name}:net", *words))
         assert 'pip install "normkit[export]"' in message
+
+
+PAGE = (Path(__file__).parent.parent / "docs" / "surgery-on-files.md").read_text()
+COMMANDS = re.findall(r"^\$ (normkit .*)$", PAGE, re.MULTILINE)
+(SAID,) = re.findall(r"first line of each is its verdict:\n\n```\n(.*?)```", PAGE, re.DOTALL)
+
+
+def test_the_commands_of_the_page_do_what_it_says(run, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    (program,) = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    (tmp_path / "nets.py").write_text(program)
+    save_file(built(tmp_path / "nets.py", "net").state_dict(), "in.safetensors")
+    np.savez("images.npz", torch.randn(8, 3, 16, 16).numpy())
+    verdicts = [answered(run(*shlex.split(command)[1:]))[0] for command in COMMANDS]
+    assert verdicts == SAID.splitlines()
+    assert {path.name for path in tmp_path.glob("*.p*t*")} >= {"net.pt2", "groups.pt", "frozen.pt", "synchronised.pt"}

@@ -239,11 +239,13 @@ def test_the_page_names_every_row_once_and_what_becomes_of_it():
 
 
 def test_the_rows_that_tests_show_are_those_the_page_says_are():
-    files = [Path(__file__), Path(__file__).with_name("test_conformance_statistics.py")]
+    others = ("test_conformance_statistics.py", "test_conformance_fold.py")
+    files = [Path(__file__), *(Path(__file__).with_name(name) for name in others)]
     source = "".join(path.read_text() for path in files)
     shown = {number for number in rows() if f"# Row {number}:" in source}
     about_statistics = {"1", "2", "11", "12", "13", "14", "17", "20", "21"}
-    assert shown == about_statistics | {"15", "16", "22", "23", "24", "25", "26", "28"}
+    about_folding = {"7", "8", "9", "10", "18"}
+    assert shown == about_statistics | about_folding | {"15", "16", "22", "23", "24", "25", "26", "28"}
     for number in shown:
         assert rows()[number][1] == "yes"
         assert not rows()[number][2].startswith("open")
