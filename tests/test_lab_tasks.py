@@ -19,7 +19,13 @@ from normkit.lab.train import train
 from normkit.lab.worker import seeded_data
 
 ARMS = ["none", "batch", "layer", "rms", "batch+placement:after", "batch+dropout:0.2"]
-SMALL = {"digits-cnn": {"depth": 4}, "text": {"depth": 1, "width": 16, "context": 12}}
+SMALL = {
+    "digits-cnn": {"depth": 4},
+    "digits-deep": {"depth": 4},
+    "variants": {"depth": 4},
+    "text": {"depth": 1, "width": 16, "context": 12},
+    "data-size": {"depth": 1, "width": 16, "context": 12},
+}
 
 
 def experiment(task: str, **options):
@@ -65,7 +71,7 @@ def test_a_task_trains(task, arm, tmp_path):
     assert status["state"] == "done"
     assert status["test"] is not None
     assert status["norm_share"] is not None
-    assert (status["dead_units"] is None) == (task in ("digits", "digits-sequence", "text"))
+    assert (status["dead_units"] is None) == (task in ("digits", "digits-sequence", "text", "data-size"))
     assert bool(status["variance_ratio"]) == ("dropout" in arm)
 
 

@@ -62,7 +62,13 @@ class FixupResidual(nn.Module):
 
 
 @torch.no_grad()
-def fixup_(model: nn.Module, head: nn.Module | None = None, generator: torch.Generator | None = None) -> nn.Module:
+def fixup_(
+    model: nn.Module,
+    head: nn.Module | None = None,
+    generator: torch.Generator | None = None,
+    *,
+    draw: bool = True,
+) -> nn.Module:
     """Give every :class:`FixupResidual` in the model its initial weights, and the head zeros; the model comes back.
 
     Each layer of a branch gets He's normal weights times ``L ** (-1 / (2 m - 2))``, for L branches in the model and m
@@ -72,6 +78,7 @@ def fixup_(model: nn.Module, head: nn.Module | None = None, generator: torch.Gen
         model: with its branches.
         head: the classifier.
         generator: of random numbers.
+        draw: draw He's weights; otherwise scale those there are.
 
     Raises:
         ValueError: a model without a :class:`FixupResidual`.
@@ -85,7 +92,8 @@ def fixup_(model: nn.Module, head: nn.Module | None = None, generator: torch.Gen
         layers: list[Any] = [*branch.layers]
         *earlier, last = layers
         for layer in earlier:
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=generator)
+            if draw:
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=generator)
             layer.weight.mul_(len(branches) ** (-1 / (2 * len(layers) - 2)))
         nn.init.zeros_(last.weight)
         for layer in layers:

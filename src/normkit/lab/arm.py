@@ -10,11 +10,15 @@ from normkit.lab.errors import LabError, nearest
 
 OPTIMIZERS = ("sgd", "momentum", "adamw")
 PLACEMENTS = ("before", "after")
-OPTIONS = ("dropout", "init", "placement", "running", "processes")
-ADDED = {"running": None, "processes": 1}  # in a record only where they are used: older questions keep their hash
+RESIDUALS = ("plain", "none", "skipinit", "fixup", "normalizer-free")
+OPTIONS = ("dropout", "init", "placement", "running", "processes", "residual", "clip")
+WORDS = ("placement", "residual")
+ADDED: dict[str, Any] = {"running": None, "processes": 1, "residual": "plain", "clip": None}
+"""In a record only where they are used: older questions keep their hash."""
 GRAMMAR = (
     "an arm is a norm and what goes with it, joined by +: none, batch, group:8, none+adamw, batch+momentum, "
-    "batch+dropout:0.2, batch+placement:after, none+init:0.1, batch+running:0.02, batch:synchronized+processes:2"
+    "batch+dropout:0.2, batch+placement:after, none+init:0.1, batch+running:0.02, batch:synchronized+processes:2, "
+    "none+residual:skipinit, none+residual:normalizer-free+clip:0.02"
 )
 
 
@@ -27,6 +31,8 @@ class Arm:
     behind each activation. init: gain, a factor on every initial weight of linear, convolutional and recurrent layers.
     running: share of each batch in a batch norm's running statistics (torch's `momentum=`), or None for the layer's
     own. processes: how many train the network together, each on its part of every batch, averaging their gradients.
+    residual: how a residual task adds its branches: plain (x + branch), none (no skip), skipinit, fixup,
+    normalizer-free. clip: adaptive gradient clipping before every step (the last linear layer is left out), or None.
     """
 
     norm: str = "none"
@@ -36,6 +42,8 @@ class Arm:
     init: float = 1.0
     running: float | None = None
     processes: int = 1
+    residual: str = "plain"
+    clip: float | None = None
 
     def __post_init__(self) -> None:
         if self.optimizer is not None and self.optimizer not in OPTIMIZERS:
@@ -55,6 +63,13 @@ class Arm:
             )
         if not (self.processes >= 1 and float(self.processes).is_integer()):
             raise LabError(f"processes:{self.processes:g} is no number of processes; choose 1, 2, 3 ...")
+        if self.residual not in RESIDUALS:
+            raise LabError(
+                f"residual:{self.residual} is unknown{nearest(self.residual, RESIDUALS)}; "
+                f"choose from: {', '.join(RESIDUALS)}"
+            )
+        if self.clip is not None and not 0 < self.clip < float("inf"):
+            raise LabError(f"clip:{self.clip:g} is no ratio of gradient and weight; choose e.g. clip:0.02")
 
     @property
     def name(self) -> str:
@@ -66,6 +81,8 @@ class Arm:
         parts += [f"init:{self.init:g}"] if self.init != 1 else []
         parts += [f"running:{self.running:g}"] if self.running is not None else []
         parts += [f"processes:{self.processes}"] if self.processes != 1 else []
+        parts += [f"residual:{self.residual}"] if self.residual != "plain" else []
+        parts += [f"clip:{self.clip:g}"] if self.clip is not None else []
         return "+".join(parts)
 
     def record(self, optimizer: str) -> dict[str, Any]:
@@ -151,7 +168,7 @@ def _read_options(text: str, options: list[str]) -> dict[str, Any]:
             raise LabError(f"arm {text!r} gives {key} twice; give it once")
         if not value:
             raise LabError(f"arm {text!r}: {key} needs a value, e.g. {_EXAMPLES[key]}")
-        values[key] = value if key == "placement" else _number(text, key, value)
+        values[key] = value if key in WORDS else _number(text, key, value)
     if "processes" in values and values["processes"].is_integer():
         values["processes"] = int(values["processes"])
     return values
@@ -170,4 +187,6 @@ _EXAMPLES = {
     "placement": "placement:after",
     "running": "running:0.02",
     "processes": "processes:2",
+    "residual": "residual:skipinit",
+    "clip": "clip:0.02",
 }

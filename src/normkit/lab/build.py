@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from normkit.blocks import fixup_
+from normkit.clipping import clip_adaptively_before_steps
 from normkit.lab.arm import Arm
 from normkit.lab.binding import bind_norms
 from normkit.lab.errors import LabError
@@ -49,6 +51,8 @@ def build_model(experiment: Experiment, arm: Arm, seed: int) -> tuple[nn.Module,
     if experiment.initial is not None:
         experiment.initial(model, generator(seed, "weights"))
     drawn = weights_fingerprint(model)
+    if arm.residual == "fixup":
+        fixup_(model, head=_head(model), draw=False)
     if arm.init != 1:
         scale_weights_(model, arm.init)
     return model.train(), drawn
@@ -56,7 +60,15 @@ def build_model(experiment: Experiment, arm: Arm, seed: int) -> tuple[nn.Module,
 
 def build_optimizer(experiment: Experiment, arm: Arm, model: nn.Module, lr: float) -> torch.optim.Optimizer:
     """The arm's optimizer, or the experiment's when the arm names none."""
-    return _OPTIMIZERS[arm.optimizer or experiment.optimizer](model.parameters(), lr)
+    optimizer = _OPTIMIZERS[arm.optimizer or experiment.optimizer](model.parameters(), lr)
+    if arm.clip is not None:
+        clip_adaptively_before_steps(optimizer, arm.clip, skip=_head(model).parameters())
+    return optimizer
+
+
+def _head(model: nn.Module) -> nn.Module:
+    """The last linear layer: the classifier."""
+    return [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
 
 
 def seed_everything(seed: int) -> None:
@@ -94,6 +106,7 @@ def _options(experiment: Experiment, arm: Arm) -> dict[str, Any]:
     asked: dict[str, tuple[Any, bool]] = {
         "dropout": (arm.dropout, arm.dropout != 0),
         "placement": (arm.placement, arm.placement != "before"),
+        "residual": (arm.residual, arm.residual != "plain"),
     }
     parameters = inspect.signature(experiment.model).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from normkit.lab.initial import weights_of
 from normkit.lab.journal import Journal
 from normkit.lab.step import Step
+from normkit.norms.switchable_norm import SwitchableNorm
 
 ACTIVATIONS = (
     nn.Sigmoid, nn.Tanh, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus,
@@ -46,6 +47,8 @@ class Probe:
         }
         if step.number in self.with_gradients:
             line["gradient_norms"] = gradient_norms(step.model)
+        if learnt := {name: m.weights() for name, m in step.model.named_modules() if isinstance(m, SwitchableNorm)}:
+            line["switchable"] = learnt
         self.journal.append(line)
 
 

@@ -12,6 +12,13 @@ NORMS = {
     "group": "group norm",
     "instance": "instance norm",
     "dyt": "DyT",
+    "derf": "Derf",
+    "switchable": "switchable norm",
+    "power": "PowerNorm",
+    "frn": "filter response norm",
+    "grn": "global response norm",
+    "evonormb0": "EvoNorm B0",
+    "evonorms0": "EvoNorm S0",
 }
 POLICIES = {
     "ghost": "ghost batch norm",
@@ -19,7 +26,21 @@ POLICIES = {
     "movingaverage": "moving-average batch norm",
     "synchronized": "synchronised batch norm",
 }
-ALIASES = {"bn": "batch", "ln": "layer", "gn": "group", "in": "instance", "identity": "none"}
+RESIDUALS = {
+    "none": "without skips",
+    "skipinit": "SkipInit",
+    "fixup": "Fixup",
+    "normalizer-free": "normalizer-free",
+}
+ALIASES = {
+    "filterresponse": "frn",
+    "globalresponse": "grn",
+    "bn": "batch",
+    "ln": "layer",
+    "gn": "group",
+    "in": "instance",
+    "identity": "none",
+}
 OPTIMIZERS = {"sgd": "SGD", "momentum": "momentum", "adam": "Adam", "adamw": "AdamW"}
 
 
@@ -42,11 +63,21 @@ def label(arm: str) -> str:
             words += f" {value} the activation"
         elif key == "processes" and value:
             words += f" over {value} processes"
+        elif key == "residual" and value in RESIDUALS:
+            words = _residual(words, value)
+        elif key == "clip" and value:
+            additions.append(f"adaptive clipping at {value}")
         elif key == "running" and value:
             additions.append(f"running share {value}")
         else:
             return arm
     return f"{words} with {' and '.join(additions)}" if additions else words
+
+
+def _residual(words: str, value: str) -> str:
+    if value == "none":
+        return f"{words} {RESIDUALS[value]}"
+    return RESIDUALS[value] if words == NORMS["none"] else f"{words} and {RESIDUALS[value]}"
 
 
 def _norm(norm: str) -> str:
@@ -55,8 +86,12 @@ def _norm(norm: str) -> str:
     kind = _kind(kind)
     if not rest:
         return NORMS.get(kind, "")
-    if kind == "group":
+    if kind in ("group", "evonorms0"):
         return f"{NORMS[kind]} ({rest} groups)"
+    if kind == "frn":
+        return f"{NORMS[kind]} and {rest.upper() if rest == 'tlu' else rest}"
+    if kind == "power":
+        return f"{NORMS[kind]} ({rest} batches of warm-up)"
     policy, *values = rest.split(":")
     words = POLICIES.get(policy.lower().replace("_", ""), "") if kind == "batch" else ""
     return f"{words} ({', '.join(values)})" if words and values else words

@@ -9,5 +9,8 @@ TASKS = {
     "digits-sequence": "normkit.lab.tasks.digits_sequence:digits_sequence",
     "text": "normkit.lab.tasks.text:text",
     "tabular": "normkit.lab.tasks.tabular:tabular",
+    "digits-deep": "normkit.lab.tasks.digits_deep:digits_deep",
+    "variants": "normkit.lab.tasks.variants:variants",
+    "data-size": "normkit.lab.tasks.data_size:data_size",
 }
 DEFAULT = "digits"
