@@ -35,6 +35,7 @@ TASKS = ("digits", "digits-relu", "digits-cnn")
 """In the order of the README."""
 OVERHEAD = Path("records") / "bench" / "overhead"
 SYNCHRONIZED = Path("records") / "bench" / "synchronized"
+SURGERY = Path("records") / "surgery"
 SPEEDS = Path("records") / "bench" / "cpu"
 """One directory per run of the benchmark."""
 UNMEASURED = f"No record of a quiet machine is committed yet; `normkit bench --op overhead --out {OVERHEAD}` makes one."
@@ -263,6 +264,53 @@ def cost_of_synchronising(root: Path) -> str:
     )
 
 
+def converted_norms(root: Path) -> str:
+    """Accuracy by kind of norm, carried over and fitted, from the committed record."""
+    record = json.loads((root / SURGERY / "convert.json").read_text(encoding="utf-8"))
+    plain, *ways = record["summary"]
+    moments = {"converted": "at once"} | {key: key for key in plain if key.startswith("after one epoch")}
+    rows = [["batch (not converted)", "", *(_percents(plain[moment]) for moment in moments)]]
+    rows += [[f"`{way['to']}`", way["way"], *(_percents(way[moment]) for moment in moments)] for way in ways]
+    return (
+        f"{table(['to', 'weight and bias', *moments.values()], rows)}\n\n{_accuracy(record)}. {record['task']}, "
+        f"{record['training_steps']} steps with batch norm at {record['learning_rate']:g}, then converted, fitted on "
+        f"{record['samples_matched_on']} samples; one epoch more at the rate that is named. "
+        f"{_made(record, 'convert.json')}"
+    )
+
+
+def calibrated_averages(root: Path) -> str:
+    """Accuracy of averaged weights before and after calibration, from the committed record."""
+    record = json.loads((root / SURGERY / "calibrate.json").read_text(encoding="utf-8"))
+    columns = {"as it is": "as they are"}
+    columns |= {key: f"`{key.partition(',')[0]}`" for key in ("update_bn, equal batches", "calibrate_, equal batches")}
+    drift = {f"greatest drift {moment}": f"drift {moment}" for moment in ("before", "after")}
+    rows = [
+        [one["weights"], *(_percents(one[key]) for key in columns), *(f"{one[key]['mean']:.2f}" for key in drift)]
+        for one in record["summary"]
+    ]
+    rates = f"{record['training_steps']} steps at {record['learning_rate']:g} (annealed: falling to 0)"
+    return (
+        f"{table(['weights', *columns.values(), *drift.values()], rows)}\n\n{_accuracy(record)}; the greatest drift of "
+        f"a layer, in standard deviations. {record['task']}, {rates}; SWA: {record['swa']}; EMA: decay "
+        f"{record['ema_decay']:g}. {_made(record, 'calibrate.json')}"
+    )
+
+
+def _accuracy(record: dict[str, Any]) -> str:
+    seeds = len({run["seed"] for run in record["runs"]})
+    return f"Accuracy on held-out samples in percent, mean over {seeds} seeds (least to greatest)"
+
+
+def _percents(spread: dict[str, float]) -> str:
+    mean, least, greatest = (100 * spread[key] for key in ("mean", "least", "greatest"))
+    return f"{mean:.1f} ({least:.1f} to {greatest:.1f})"
+
+
+def _made(record: dict[str, Any], name: str) -> str:
+    return f"torch {record['torch']}; `{record['command']}`, [every run](../{SURGERY}/{name})."
+
+
 def _microseconds(record: dict[str, Any] | None, part: str) -> str:
     return "" if record is None else f"{_busy(record)}{record[part]['extra_us']['value']:+.1f} µs"
 
@@ -309,6 +357,12 @@ def pages() -> dict[Path, str]:
             "synchronized",
             cost_of_synchronising(ROOT),
         ),
+        **{
+            ROOT / "docs" / f"{name}.md": between_marks(
+                f"docs/{name}.md", (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8"), name, content(ROOT)
+            )
+            for name, content in (("convert", converted_norms), ("calibrate", calibrated_averages))
+        },
         ROOT / "docs" / "benchmarks.md": benchmarks((ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")),
     }
 
