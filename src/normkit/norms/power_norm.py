@@ -221,7 +221,7 @@ class PowerNorm(Norm, nn.Module, spec=SPEC):
     >>> import torch, normkit as nk
     >>> norm = nk.PowerNorm(8, warmup=1)
     >>> for _ in range(3):
-    ...     norm(torch.randn(16, 8)).sum().backward()
+    ...     norm(torch.randn(16, 8, requires_grad=True)).sum().backward()
     >>> norm.num_batches_tracked.item(), bool(norm.nu.any())
     (3, True)
 
