@@ -395,6 +395,16 @@ def test_progress_is_told():
     nk.calibrate_(nn.BatchNorm1d(2), iter([torch.randn(4, 2)]), steps=None, progress=lambda *now: told.append(now))
     assert told == [(1, None)]
 
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(torch.randn(4, 2))
+
+    told.clear()
+    nk.calibrate_(
+        nn.BatchNorm1d(2), torch.utils.data.DataLoader(Stream(), batch_size=4), progress=lambda *now: told.append(now)
+    )
+    assert told == [(1, 200)]
+
 
 def test_the_drift_is_in_standard_deviations():
     layer = nn.BatchNorm1d(1, eps=1e-12)

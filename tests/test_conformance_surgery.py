@@ -1,4 +1,4 @@
-"""Rows of docs/conformance.md that are about re-estimating statistics: shown on torch, then what nk.calibrate_ does.
+"""Rows of docs/conformance.md that are about changing a model: shown on torch, then what normkit's surgery does.
 
 A test whose name begins with test_torch goes red when torch mends the thing; then docs/conformance.md wants a new line.
 """
@@ -185,6 +185,34 @@ def test_normkit_row_6_an_exception_leaves_everything_as_it_was(library, variant
     assert not inner[0]._forward_pre_hooks
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+# Row 11: what becomes of hooks, subclasses and shared layers; torch's side is in test_conformance_statistics.py.
+
+
+class Shifted(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 100
+
+
+@each_library
+@each_variant
+def test_normkit_row_11_sync_keeps_hooks_subclasses_and_shared_layers(library, variant):
+    hooked, shared = library.BatchNorm2d(3), library.BatchNorm2d(3)
+    hooked.register_forward_hook(lambda module, args, output: output + 1000)
+    inner = nn.Sequential(hooked, Shifted(3), nn.Sequential(shared), nn.Sequential(shared)).eval()
+    model, batch = variant.model(inner), variant.batch(torch.randn(4, 3, 5, 5))
+    probe = {"pixel_values": batch["pixel_values"]} if isinstance(batch, dict) else batch[:1]
+    x = next(iter(probe.values())) if isinstance(probe, dict) else probe[0]
+    before = model(x)
+    certificate = nk.sync_(model, example_inputs=probe)
+    assert len(certificate.changed) == 2
+    assert "is a subclass of BatchNorm2d" in certificate.refused[0].reason
+    assert len(hooked._forward_hooks) == 1
+    assert inner[2][0] is inner[3][0]
+    torch.testing.assert_close(model(x), before)
+    nk.unsync_(model, example_inputs=probe)
+    assert type(shared) is library.BatchNorm2d
 
 
 # Row 17: an exponential average truncates the counter of batches.

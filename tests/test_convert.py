@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -499,6 +500,12 @@ def test_wrappers_and_names_that_are_none():
     model = around(nn.BatchNorm2d(8))
     with pytest.raises(TypeError, match="convert_: the model is compiled already; nothing was changed"):
         nk.convert_(torch.compile(model, backend="eager"), "group:2")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(TypeError, match=r"(?s)wrapped in DistributedDataParallel.*convert the model before"):
+            nk.convert_(nn.parallel.DistributedDataParallel(model), "group:2")
+    finally:
+        dist.destroy_process_group()
     with pytest.raises(ValueError, match="there is no norm named 'groop'"):
         nk.convert_(model, "groop:2")
     with pytest.raises(TypeError, match="has no option 'colour'"):

@@ -242,7 +242,9 @@ def refuse_misfit(layer: Any, x: Tensor) -> None:
             f"{name}: the input has {x.shape[1]} channels, the layer {len(own)}.\n  input {tuple(x.shape)}; channels "
             "are its second axis"
         )
-    if torch.promote_types(x.dtype, own.dtype) != torch.promote_types(own.dtype, torch.float32):
+    if x.dtype != own.dtype and torch.promote_types(x.dtype, own.dtype) != torch.promote_types(
+        own.dtype, torch.float32
+    ):
         raise RuntimeError(
             f"{name}: mixed types: the input is of {x.dtype}, the layer's numbers of {own.dtype}.\n  cast one of them: "
             "x.to(layer.weight.dtype), or layer.double()"

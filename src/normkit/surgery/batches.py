@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any
 
 import torch
@@ -67,6 +67,13 @@ def _names(model: nn.Module) -> list[str] | None:
     return [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
 
 
+def _length(loader: Iterable[Any]) -> int | None:
+    try:
+        return len(loader) if isinstance(loader, Sized) else None
+    except TypeError:  # a DataLoader of an iterable dataset has a length that cannot be asked for
+        return None
+
+
 def _to(arguments: Any, model: nn.Module) -> Any:
     places = {tensor.device for tensor in model.parameters()}
     if len(places) != 1:  # none to go by, or a model over several devices, which knows where its input goes
@@ -87,8 +94,7 @@ class Feed:
         self.stride = 1
 
     def __iter__(self) -> Iterator[Any]:
-        length = len(self.loader) if hasattr(self.loader, "__len__") else None
-        known = [number for number in (length, self.steps) if number is not None]
+        known = [number for number in (_length(self.loader), self.steps) if number is not None]
         for batch in itertools.islice(self.loader, self.steps):
             self._hold(batch)
             yield batch

@@ -8,7 +8,9 @@ have added to their own bias.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -51,7 +53,7 @@ def centred(model: nn.Module, norms: dict[str, nn.LayerNorm]) -> dict[str, Centr
 def rewritten(model: nn.Module, found: dict[str, Centred]) -> dict[str, Pairs]:
     """By name of each helping layer, its new weight and bias. A layer may take in one bias and let go of a mean."""
     wide: dict[str, list[Tensor]] = {}
-    layer = lambda name: model.get_submodule(name)
+    layer: Callable[[str], Any] = model.get_submodule
     of = lambda name: wide.setdefault(
         name, [t.double() for t in (layer(name).weight, layer(name).bias) if t is not None]
     )
@@ -76,7 +78,8 @@ def _centred(model: nn.Module, graph: fx.Graph, name: str, norm: nn.LayerNorm) -
         return f"its input comes from {source}, which cannot take the mean out" + (f": {reason}" if reason else "")
     if len(source.users) != 1:
         return f"{source.target} has other readers, who need its mean"
-    if norm.normalized_shape != model.get_submodule(str(source.target)).weight.shape[:1]:
+    before: Any = model.get_submodule(str(source.target))
+    if norm.normalized_shape != before.weight.shape[:1]:
         return f"it normalises over other axes than the outputs of {source.target}"
     readers = list(call.users) if norm.bias is not None and bool((norm.bias != 0).any()) else []
     for reader in readers:

@@ -88,7 +88,7 @@ def _halves(match: Any) -> tuple[Any, Any]:
             "the error on.\n  give a batch of two samples or more, samples on the first axis"
         )
     cut = lambda part: lambda leaf: leaf[part] if isinstance(leaf, Tensor) and leaf.shape[:1] == (number,) else leaf
-    return tuple(pytree.tree_map(cut(part), match) for part in (slice(number // 2), slice(number // 2, None)))  # type: ignore[return-value]
+    return tuple(pytree.tree_map(cut(part), match) for part in (slice(number // 2), slice(number // 2, None)))
 
 
 def fit(model: nn.Module, fresh: dict[nn.Module, nn.Module], keep: set[nn.Module], runs: tuple[Run, Run]) -> Matched:

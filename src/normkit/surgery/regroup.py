@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn, optim
+from torch import Tensor, nn, optim
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Regroup:
     removed: list[nn.Parameter]
     added: list[New]
     before: list[dict[str, Any]] = field(init=False, default_factory=list)
-    state: dict[nn.Parameter, Any] = field(init=False, default_factory=dict)
+    state: dict[Tensor, Any] = field(init=False, default_factory=dict)
     after: list[list[int]] = field(init=False, default_factory=list)
 
     def apply(self) -> None:

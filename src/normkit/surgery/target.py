@@ -156,7 +156,7 @@ def _read(to: Any, place: Place) -> tuple[Family, str, dict[str, Any]]:
 
 
 def _parameters(family: Family) -> set[str]:
-    classes = [*family.classes.values()]
+    classes: list[Any] = [*family.classes.values()]
     return {name for cls in classes for f in (cls, cls.for_channels) for name in inspect.signature(f).parameters}
 
 
@@ -188,9 +188,9 @@ def carry(layer: nn.Module, fresh: nn.Module) -> None:
             new.copy_(old)
             new.requires_grad = old.requires_grad
     for name in _STATISTICS:
-        old, new = layer._buffers.get(name), fresh._buffers.get(name)
-        if old is not None and new is not None and old.shape == new.shape:
-            new.copy_(old)
+        had, has = layer._buffers.get(name), fresh._buffers.get(name)
+        if had is not None and has is not None and had.shape == has.shape:
+            has.copy_(had)
 
 
 def lost(layer: nn.Module, fresh: nn.Module) -> list[str]:
