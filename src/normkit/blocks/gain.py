@@ -35,7 +35,7 @@ def activation_gain(activation: Activation | type[nn.Module]) -> float:
     """
     apply: Callable[[Tensor], Tensor] | None
     named = isinstance(activation, (str, type)) or activation is None
-    apply = activation_module(activation) if named else activation  # type: ignore[assignment, arg-type]
+    apply = activation_module(activation) if named else activation  # type: ignore[assignment]
     z = torch.linspace(-FAR, FAR, POINTS, dtype=torch.float64)
     weights = torch.exp(-z.square() / 2)
     weights /= weights.sum()

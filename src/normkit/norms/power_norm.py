@@ -116,7 +116,7 @@ def _by_running(
         wide, *parameters = widened(x, weight, bias)
         return affine(wide * along_channels(torch.rsqrt(square + eps), x).to(wide.dtype), *parameters).to(x.dtype)
 
-    known = {"running_mean": torch.zeros_like(square), "running_var": square, "batch_statistics": False}
+    known: dict[str, Any] = {"running_mean": torch.zeros_like(square), "running_var": square, "batch_statistics": False}
     return normalize(SPEC, x, weight, bias, by_torch=by_torch, eps=eps, **known, **following)
 
 
@@ -141,7 +141,11 @@ def _relaxed(
         z = _Relaxed.apply(wide, by, back, nu, share, _count(wide, following["mask"]), live)
         return affine(z, *parameters).to(x.dtype)
 
-    known = {"running_mean": torch.zeros_like(running), "running_var": running, "batch_statistics": False}
+    known: dict[str, Any] = {
+        "running_mean": torch.zeros_like(running),
+        "running_var": running,
+        "batch_statistics": False,
+    }
     return normalize(
         SPEC,
         x,
@@ -160,7 +164,7 @@ class _Relaxed(torch.autograd.Function):
     """``x * by``, with a derivative that is not its own."""
 
     @staticmethod
-    def forward(ctx: Any, x, by, back, nu, share, count, live):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, x, by, back, nu, share, count, live):
         z = x * by
         ctx.save_for_backward(z, back, share, count, live)
         ctx.nu = nu  # not saved: of two calls the first to go back moves it
@@ -168,7 +172,7 @@ class _Relaxed(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, g):
         (z, back, share, count, live), nu = ctx.saved_tensors, ctx.nu
         axes, part = (0, *range(2, z.dim())), share * nu
         of_x = (g - along_channels(part, z).to(z.dtype) * z) * back

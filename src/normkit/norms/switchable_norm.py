@@ -84,7 +84,7 @@ def switchable_norm(
     if isinstance(x, Proxy):
         return traced_as_call(switchable_norm, locals())
     kept = None if running_mean is None or running_var is None else Kept(running_mean, running_var, momentum)
-    running = None if training else (running_mean, running_var)
+    running = None if training else known(running_mean, running_var)
     details: dict[str, Any] = {"eps": eps, "activation": activation, "residual": residual, "backend": backend}
     return _normalise(x, running, kept if training else None, (mean_logits, var_logits), weight, bias, details)
 
@@ -92,9 +92,19 @@ def switchable_norm(
 Pair = tuple[Tensor, Tensor]
 
 
+def known(running_mean: Tensor | None, running_var: Tensor | None) -> Pair:
+    """Both, or the message that says which part of evaluation needs them."""
+    if running_mean is None or running_var is None:
+        raise ValueError(
+            "switchable_norm: evaluation takes the batch's part from running_mean and running_var, and one is None.\n"
+            "  give both, or training=True"
+        )
+    return running_mean, running_var
+
+
 def _normalise(
     x: Tensor,
-    running: tuple[Tensor | None, Tensor | None] | None,
+    running: Pair | None,
     kept: Kept | None,
     logits: Pair,
     weight: Tensor | None,
@@ -102,18 +112,13 @@ def _normalise(
     details: dict[str, Any],
 ) -> Tensor:
     """``running``: what stands for the batch's statistics; ``None``: the batch's own, which then enter what is kept."""
-    if running is not None and (running[0] is None or running[1] is None):
-        raise ValueError(
-            "switchable_norm: evaluation takes the batch's part from running_mean and running_var, and one is None.\n"
-            "  give both, or training=True"
-        )
     eps = details["eps"]
     wide = widened(x)[0]  # once: the gradients of two casts would meet in the narrow type
     own = _instances(wide)
 
     def by_torch() -> Tensor:
         parameters = widened(weight, bias)
-        batch = _over(own, 0) if running is None else tuple(along_channels(r, x).to(wide.dtype) for r in running)
+        batch: Any = _over(own, 0) if running is None else [along_channels(r, x).to(wide.dtype) for r in running]
         means, variances = zip(own, _over(own, 1), batch, strict=True)
         mean, var = (_mixed(*part) for part in zip(logits, (means, variances), strict=True))
         return affine((wide - mean) * torch.rsqrt(var + eps), *parameters).to(x.dtype)
@@ -121,9 +126,9 @@ def _normalise(
     def reference() -> Tensor:
         wide, *parameters = doubled(x, weight, bias)
         space = tuple(range(2, x.dim()))
-        found = [_by_hand(wide, axes) for axes in (space, (1, *space), (0, *space))]
+        found: list[Any] = [_by_hand(wide, axes) for axes in (space, (1, *space), (0, *space))]
         if running is not None:
-            found[2] = tuple(r.double().reshape(1, -1, *[1] * len(space)) for r in running)
+            found[2] = [r.double().reshape(1, -1, *[1] * len(space)) for r in running]
         mixed = []
         for chosen, three in zip(logits, zip(*found, strict=True), strict=True):
             odds = torch.exp(chosen.double() - chosen.double().max())
@@ -248,7 +253,7 @@ class SwitchableNorm(Norm, RunningStatistics, _NormBase, spec=SPEC):
             "backend": self.backend,
         }
         learning = self.training and not self.frozen
-        running = None if learning else (self.running_mean, self.running_var)
+        running = None if learning else known(self.running_mean, self.running_var)
         kept = self.kept() if learning else None
         logits = self.mean_logits, self.var_logits
         return _normalise(input, running, kept, logits, self.weight, self.bias, details)

@@ -133,6 +133,6 @@ class Plain(nn.Module):
         super().__init__()
         self.branch = branch
 
-    def forward(self, x):  # type: ignore[no-untyped-def]
+    def forward(self, x):
         """The sum."""
         return x + self.branch(x)
