@@ -150,6 +150,11 @@ def test_what_cannot_be_is_said():
         nk.calibrate_(layer, [torch.randn(4, 2), torch.randn(1, 2)])
     assert "this was batch 2" in caught.value.__notes__[0]
     assert "drop_last=True" in caught.value.__notes__[0]
+    with pytest.raises(ValueError, match="4D") as caught:
+        nk.calibrate_(layer, [torch.randn(4, 2, 3, 3)])
+    assert caught.value.__notes__ == ["calibrate_: this was batch 1; nothing was changed"]
+    nothing = nk.calibrate_(nn.Linear(2, 2), [torch.randn(4, 2)])
+    assert nothing.notes == ("there is no layer whose running statistics could be re-estimated",)
 
 
 # Which layers.

@@ -345,6 +345,9 @@ def test_match_that_cannot_be_is_said():
     model = around(nn.BatchNorm2d(8))
     with pytest.raises(ValueError, match="match= has 1 samples, and it is cut in two"):
         nk.convert_(model, "group:2", match=images(1))
+    with pytest.raises(ValueError, match=r"(?s)the model raises TypeError on match=.*a tuple of the positional"):
+        nk.convert_(model, "group:2", match=(images(), torch.zeros(12)))
+    assert nk.convert_(nn.Linear(2, 2), "group:2").notes == ("there is no norm of torch's or normkit's in the model",)
     with pytest.raises(ValueError, match="match= has 1 batches, and it takes two"):
         nk.convert_(model, "group:2", match=[images(1)])
 

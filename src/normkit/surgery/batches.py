@@ -15,6 +15,7 @@ Call = Callable[[nn.Module, Any], Any]
 """Runs a model on one batch."""
 Progress = Callable[[int, int | None], object]
 """Called with how many batches are done, and how many there will be, where that is known."""
+_TOO_FEW = "more than 1 value per channel"  # torch's words
 _HELD = 8  # batches that a feed keeps
 
 
@@ -116,10 +117,12 @@ class Feed:
         try:
             self.run(model, batch)
         except Exception as error:
-            error.add_note(
-                f"calibrate_: this was batch {self.done + 1}; nothing was changed. Layers normalise by the batch: one "
-                "value per channel is too few (drop_last=True leaves a short last batch out)."
+            few = (
+                ": one value per channel; drop_last=True leaves a short last batch out"
+                if _TOO_FEW in str(error)
+                else ""
             )
+            error.add_note(f"calibrate_: this was batch {self.done + 1}; nothing was changed{few}")
             raise
 
     def words(self) -> Iterator[str]:

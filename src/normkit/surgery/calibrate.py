@@ -112,6 +112,7 @@ def plan(
     if initialised():
         same_everywhere("calibrate_", layers, process_group)
     if not layers:
+        intended.notes.append("there is no layer whose running statistics could be re-estimated")
         return intended
     feed = batches.Feed(loader, steps, call or batches.call, progress)
     with probe.restored(intended.model), torch.no_grad(), uncompiled(intended.model):

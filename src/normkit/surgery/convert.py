@@ -131,6 +131,8 @@ def plan(
         name_of = {module: name for name, module in inner.named_modules()}
         intended.readings += [Reading(ERROR, m.fitted, name_of[old], unit=UNIT) for old, m in found.layers.items()]
         intended.readings.append(Reading(ERROR, found.fitted, unit="standard deviations of the model's output"))
+    elif not fresh and not intended.skipped and not intended.refused:
+        intended.notes.append("there is no norm of torch's or normkit's in the model")
     elif fresh and runs is None:
         intended.notes.append("outputs were not compared; give match=, a batch, to fit scale and shift and to measure")
     return intended
@@ -177,6 +179,11 @@ def _dims(model: nn.Module, run: Run) -> dict[nn.Module, int]:
     try:
         with probe.restored(model), torch.no_grad():
             run(model.eval())
+    except Exception as error:
+        raise ValueError(
+            f"convert_: the model raises {type(error).__name__} on match=: {error}\n"
+            "  give a tensor, a tuple of the positional or a dict of the keyword arguments, a DataLoader, or call="
+        ) from error
     finally:
         for handle in handles:
             handle.remove()
