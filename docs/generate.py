@@ -1,4 +1,4 @@
-"""Writes docs/norms.md, the norms and results in README.md, and the cost of a call in docs/benchmarks.md.
+"""Writes docs/norms.md, the tables in other pages that come from records, and the digest that nk.advise reads.
 
 Out of the registry, the docstrings and the committed records.
 
@@ -17,8 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import normkit as nk
+from normkit.lab.analyse.small_batches import digest
+from normkit.lab.arm import Arm
+from normkit.lab.build import build_model
+from normkit.lab.load import Source
+from normkit.lab.norm_layer import norms_of
+from normkit.lab.worker import seeded_data
 from normkit.laws import LAWS
-from normkit.report import bench_summary, bench_synchronized
+from normkit.report import bench_summary, bench_synchronized, small_batches
 from normkit.report.words import verdict
 from normkit.vocabulary.record import read_lines
 from normkit.vocabulary.spec import REGISTRY, Family, Spec, pooled
@@ -35,6 +41,10 @@ TASKS = ("digits", "digits-relu", "digits-cnn")
 """In the order of the README."""
 OVERHEAD = Path("records") / "bench" / "overhead"
 SYNCHRONIZED = Path("records") / "bench" / "synchronized"
+SMALL = ("small-batches", "cut-batches")
+"""Sweeps over the batch size, in the order in which they answer."""
+DIGEST = Path("src") / "normkit" / "small_batches.json"
+"""What `nk.advise` reads: it ships with the package, and the records do not."""
 SURGERY = Path("records") / "surgery"
 SPEEDS = Path("records") / "bench" / "cpu"
 """One directory per run of the benchmark."""
@@ -264,6 +274,61 @@ def cost_of_synchronising(root: Path) -> str:
     )
 
 
+def small_batches_digest(root: Path) -> dict[str, Any]:
+    """The sweeps over the batch size, in short."""
+    files = {(RECORDS / name).as_posix(): root / RECORDS / name / "summary.json" for name in SMALL}
+    records = {where: json.loads(file.read_text(encoding="utf-8")) for where, file in files.items() if file.exists()}
+    experiment = next(iter(records.values()))["experiment"]
+    return digest(records, _values_per_sample(experiment))
+
+
+def _values_per_sample(experiment: dict[str, Any]) -> int:
+    """How many values of a channel reach a norm of the network per sample; all its norms see equally many."""
+    task = Source(experiment["task"]).load(experiment["options"])
+    model, _ = build_model(task, Arm("none"), seed=0)
+    seen: set[int] = set()
+    for norm in norms_of(model).values():
+        norm.register_forward_pre_hook(lambda _, given: seen.add(given[0][0, 0].numel()))
+    model(seeded_data(task, 0).train.first(1)[0])
+    (values,) = seen
+    return values
+
+
+def small_batches_page(text: str) -> str:
+    """``text`` of docs/small-batches.md with the tables of the committed sweeps."""
+    found = small_batches_digest(ROOT)
+    first, *others = found["records"]
+    words = "\n".join(f"- {sentence}" for sentence in small_batches.sentences(found, first))
+    text = between_marks("docs/small-batches.md", text, "words", words)
+    tables = {
+        "accuracy": small_batches.accuracy(found, first),
+        "at-test": small_batches.at_test(found, first),
+        "race": small_batches.race(found, first),
+        "cost": small_batches.cost(found, first),
+    }
+    for record in others:
+        tables |= {"cut": small_batches.accuracy(found, record), "cut-cost": small_batches.cost(found, record)}
+    for name, one in tables.items():
+        text = between_marks("docs/small-batches.md", text, name, table(one.header, one.rows))
+    made = "; ".join(
+        f"[{where}](../{where}/report.md), `{about['command']}`, {about['seeds']} paired seeds, {about['samples']} "
+        f"samples seen, {about['processor']}, torch {about['torch']}"
+        for where, about in found["records"].items()
+    )
+    return between_marks("docs/small-batches.md", text, "records", f"Records: {made}.")
+
+
+def small_batches_pages() -> dict[Path, str]:
+    """The page and the digest, where a sweep is committed."""
+    if not (ROOT / RECORDS / SMALL[0] / "summary.json").exists():
+        return {}
+    page = ROOT / "docs" / "small-batches.md"
+    return {
+        page: small_batches_page(page.read_text(encoding="utf-8")),
+        ROOT / DIGEST: json.dumps(small_batches_digest(ROOT), indent=1, ensure_ascii=False) + "\n",
+    }
+
+
 def converted_norms(root: Path) -> str:
     """Accuracy by kind of norm, carried over and fitted, from the committed record."""
     record = json.loads((root / SURGERY / "convert.json").read_text(encoding="utf-8"))
@@ -357,6 +422,7 @@ def pages() -> dict[Path, str]:
             "synchronized",
             cost_of_synchronising(ROOT),
         ),
+        **small_batches_pages(),
         **{
             ROOT / "docs" / f"{name}.md": between_marks(
                 f"docs/{name}.md", (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8"), name, content(ROOT)

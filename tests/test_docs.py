@@ -31,10 +31,10 @@ def generate(monkeypatch, tmp_path):
     source.loader.exec_module(module)
     for path in module.pages():
         copy = tmp_path / path.relative_to(ROOT)
-        copy.parent.mkdir(exist_ok=True)
+        copy.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             copy.write_bytes(path.read_bytes())
-    for records in (module.RECORDS, module.OVERHEAD, module.SURGERY, module.SPEEDS):
+    for records in (module.RECORDS, module.OVERHEAD, module.SYNCHRONIZED, module.SURGERY, module.SPEEDS):
         if (ROOT / records).exists():
             (tmp_path / records).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / records).symlink_to(ROOT / records)

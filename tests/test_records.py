@@ -13,6 +13,8 @@ from normkit.report.words import verdict
 
 ROOT = Path(__file__).parent.parent
 RECORDS = sorted((ROOT / "records" / "compare").glob("*"))
+SWEEPS = ("small-batches", "cut-batches")
+"""Over the batch size, with a budget that their page states; every other record is a thorough comparison."""
 COMMITTED = {"summary.json", "report.html", "report.md", "picture.svg"}
 
 
@@ -25,9 +27,9 @@ def summary(record: Path) -> dict:
     return json.loads((record / "summary.json").read_text(encoding="utf-8"))
 
 
-def finals(content: dict, arm: str) -> list[dict]:
+def finals(content: dict, arm: str, knob: object) -> list[dict]:
     """The final runs of an arm that have an outcome, in the order of their seeds."""
-    runs = [run for run in content["runs"] if run["arm"] == arm and run["phase"] == "final"]
+    runs = [run for run in content["runs"] if _is(run, arm, knob, "final")]
     return sorted((run for run in runs if run["state"] in ("done", "diverged")), key=lambda run: run["seed"])
 
 
@@ -43,28 +45,53 @@ def test_the_three_records_of_the_readme_are_there():
     assert {"digits", "digits-relu", "digits-cnn"} <= {path.name for path in RECORDS}
 
 
-def test_a_record_is_a_thorough_run_and_four_small_files(record):
+def test_the_sweeps_over_the_batch_size_are_there():
+    assert set(SWEEPS) <= {path.name for path in RECORDS}
+
+
+def test_a_record_is_a_run_that_its_command_makes_again_and_four_small_files(record):
     experiment = summary(record)["experiment"]
     assert {path.name for path in record.iterdir()} == COMMITTED
-    assert experiment["budget"] == "thorough"
-    assert experiment["command"] == f"normkit compare {record.name} --thorough"
+    assert len(experiment["seeds"]) >= 5
+    if record.name in SWEEPS:
+        assert experiment["budget"] == "default"
+        assert re.match(r"normkit compare digits-cnn --arms .* --sweep batch-size=", experiment["command"])
+        assert f"--out records/compare/{record.name}" not in experiment["command"]  # the runs themselves are elsewhere
+    else:
+        assert experiment["budget"] == "thorough"
+        assert experiment["command"] == f"normkit compare {record.name} --thorough"
     assert (record / "report.html").stat().st_size < 2_000_000
     assert sum(path.stat().st_size for path in record.iterdir()) < 4_000_000
 
 
 def test_every_number_of_the_answer_follows_from_the_runs(record):
     content = summary(record)
-    budget, base = content["experiment"]["steps"], finals(content, content["experiment"]["baseline"])
-    higher = content["experiment"]["metric"]["higher_is_better"]
-    assert len(content["points"]) == 1
-    for arm in content["points"][0]["arms"]:
-        mine = finals(content, arm["name"])
+    assert len(content["points"]) == len((content["experiment"]["sweep"] or {"values": [None]})["values"])
+    for point in content["points"]:
+        _follows_from_the_runs(content, point)
+
+
+def _follows_from_the_runs(content: dict, point: dict) -> None:
+    experiment, knob = content["experiment"], point["knob"]
+    budget = experiment["steps"]
+    if knob is not None:  # equal samples
+        budget = round(budget * experiment["batch_size"] / knob)
+    base, higher = finals(content, experiment["baseline"], knob), experiment["metric"]["higher_is_better"]
+    for arm in point["arms"]:
+        mine = finals(content, arm["name"], knob)
+        assert all(run["steps"] == budget for run in mine if run["state"] == "done")
         assert len(mine) == arm["runs"]["finished"] == len(content["experiment"]["seeds"])
         assert {run["lr"] for run in mine} == {arm["lr"]}
         assert arm["steps_to_target"] == median_finish([steps(run, budget) for run in mine])
         assert arm["seconds_to_target"] == median_finish([seconds(run, budget) for run in mine])
         tests = [run["test"] for run in mine if run["test"] is not None]
         assert (arm["test"]["mean"], arm["test"]["low"], arm["test"]["high"]) == mean_interval(tests)
+        for key in ("test_exact", "test_batch"):
+            other = [(run["test"], run[key]) for run in mine if run.get(key) is not None and run["test"] is not None]
+            if other:
+                expected = paired_difference([running for running, _ in other], [own for _, own in other], higher)
+                assert arm[key]["difference"] == expected
+                assert arm[key]["mean"] == mean_interval([own for _, own in other])[0]
         if arm["name"] == content["experiment"]["baseline"]:
             continue
         assert [run["seed"] for run in mine] == [run["seed"] for run in base]
@@ -76,25 +103,28 @@ def test_every_number_of_the_answer_follows_from_the_runs(record):
 
 def test_every_arm_of_a_record_was_searched_alike_and_on_other_seeds(record):
     content = summary(record)
-    trials = {
-        arm["name"]: sorted((run["lr"], run["seed"]) for run in content["runs"] if _searched(run, arm["name"]))
-        for arm in content["experiment"]["arms"]
-    }
-    assert len({tuple(found) for found in trials.values()}) == 1
-    found = next(iter(trials.values()))
-    assert len({rate for rate, _ in found}) >= 7
-    assert not {seed for _, seed in found} & set(content["experiment"]["seeds"])
+    for point in content["points"]:
+        trials = {
+            arm["name"]: sorted(
+                (run["lr"], run["seed"]) for run in content["runs"] if _is(run, arm["name"], point["knob"], "search")
+            )
+            for arm in content["experiment"]["arms"]
+        }
+        assert len({tuple(found) for found in trials.values()}) == 1
+        found = next(iter(trials.values()))
+        assert len({rate for rate, _ in found}) >= 7
+        assert not {seed for _, seed in found} & set(content["experiment"]["seeds"])
 
 
-def _searched(run: dict, arm: str) -> bool:
-    return run["arm"] == arm and run["phase"] == "search"
+def _is(run: dict, arm: str, knob: object, phase: str) -> bool:
+    return (run["arm"], run["knob"], run["phase"]) == (arm, knob, phase)
 
 
-def test_the_pages_and_the_readme_say_the_answer_of_the_record(record):
+def test_the_pages_say_the_answer_of_the_record(record):
     answer = verdict(summary(record))
     assert f"**{answer}**" in re.sub(r"\\(.)", r"\1", (record / "report.md").read_text(encoding="utf-8"))
     page = re.sub(r"<[^>]+>", "", (record / "report.html").read_text(encoding="utf-8"))
     assert answer in page.replace("\N{NO-BREAK SPACE}", " ")
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert answer in readme
-    assert f"records/compare/{record.name}/picture.svg" in readme
+    shown = (ROOT / "docs" / "small-batches.md" if record.name in SWEEPS else ROOT / "README.md").read_text()
+    assert record.name in SWEEPS or answer in shown
+    assert f"records/compare/{record.name}/picture.svg" in shown

@@ -11,6 +11,7 @@ from typing import Any as _Any
 import torch as _torch  # first: the compiled kernels share its OpenMP pool
 
 from normkit import functional, laws, statistics
+from normkit.advise import advise
 from normkit.allocator import tune_allocator
 from normkit.create import create, factory, list_norms
 from normkit.dispatch import Explanation, backend, explain
@@ -109,6 +110,7 @@ __all__ = [
     "__version__",
     "accelerate_",
     "accumulate_statistics",
+    "advise",
     "backend",
     "blocks",
     "calibrate_",
