@@ -132,13 +132,65 @@ def test_2_to_the_31_elements_get_64_bit_indices():
             assert kernel.constants["WIDE"] is wide
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("momentum", [0.1, 1.0, None])
+def test_running_statistics_after_some_steps_are_torchs(momentum):
+    ours, theirs = nk.BatchNorm2d(5, momentum=momentum, backend="triton"), torch.nn.BatchNorm2d(5, momentum=momentum)
+    for _ in range(3):
+        x = numbers((4, 5, 6, 3), torch.float32) * 2
+        ours(x), theirs(x)
+    for got, wanted in zip(ours.buffers(), theirs.buffers(), strict=False):
+        torch.testing.assert_close(got, wanted)
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+
+
+def _one_too_few(kernel: triton_launch.Channels) -> None:
+    kernel.values -= 1
+
+
+def _a_part_left_out(kernel: triton_launch.Channels) -> None:
+    kernel.programs = (kernel.programs[0], kernel.programs[1] - 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spoil", [_one_too_few, _a_part_left_out])
+def test_a_kernel_that_is_wrong_is_found_out(spoil, monkeypatch):
+    made = triton_launch.kernel_for
+
+    def spoiled(*given):
+        kernel = made(*given)
+        spoil(kernel)
+        return kernel
+
+    monkeypatch.setattr(triton_launch, "kernel_for", spoiled)
+    monkeypatch.setattr("normkit.kernels.plan._plans", {})
+    layer, x, _ = case("batch, planes, parts")
+    with pytest.raises(AssertionError, match="elements are wrong"):
+        examine(layer, x)
+
+
+def test_tuning_takes_the_fastest_number_of_warps(monkeypatch):
+    times = dict(zip(triton_launch.WARPS, (3.0, 1.0, 2.0), strict=True))
+    kernel = triton_launch.kernel_for(Work("rows", 4, 20, 1, 1), torch.empty(0), None, 0.0, False, True, True)
+    ran = []
+
+    def time_of(step, **options):
+        ran.append(step()[0].shape)
+        return times[kernel.warps]
+
+    monkeypatch.setattr("triton.testing.do_bench", time_of)
+    triton_launch.tune(kernel, torch.randn(4, 20))
+    assert kernel.warps == triton_launch.WARPS[1]
+    assert ran == [(4, 20)] * 3
+
+
 # What one backend saves, another reads.
 
-EXCHANGED = ("batch, planes, parts", "batch, columns", "group, wider than a block", "rows in one tile", "over channels")
+EXCHANGED = ("batch, columns", "batch, planes, parts", "group, wider than a block", "rows in one tile", "over channels")
 
 
 @pytest.mark.skipif(loading.module is None, reason=str(loading.absence))
-@pytest.mark.parametrize("name", EXCHANGED)
+@pytest.mark.parametrize("name", [EXCHANGED[0], *(pytest.param(n, marks=pytest.mark.slow) for n in EXCHANGED[1:])])
 def test_forward_on_one_backend_and_backward_on_the_other(name):
     layer, x, residual = case(name)
     layer.activation = torch.nn.ReLU()
@@ -287,7 +339,7 @@ def both(layer: torch.nn.Module, x: Tensor, residual: Tensor, **options) -> tupl
     return found[0], found[1]
 
 
-COMPILED = [pytest.param(name, marks=() if name == "batch, columns" else pytest.mark.slow) for name in PATHS]
+COMPILED = [pytest.param(name, marks=() if name == "rows in one tile" else pytest.mark.slow) for name in PATHS]
 
 
 @pytest.mark.parametrize("name", COMPILED)
@@ -319,7 +371,7 @@ def test_the_operators_are_what_torch_expects_of_operators():
     running = torch.zeros(6), torch.ones(6)
     asked = ("[n] c [s...]", 1, 1, None, True, True, 0.1, 1e-5, "relu", 0.0)
     leaves = [t.requires_grad_() for t in (x, weight, bias, residual)]
-    torch.library.opcheck(torch.ops.normkit.triton_forward.default, (*leaves, *running, *asked))
+    torch.library.opcheck(torch.ops.normkit.normalize.default, (*leaves, *running, "triton", *asked))
 
 
 # Words

@@ -24,7 +24,7 @@ from normkit.kernels.triton_tile import activated, gated, merge_along, merge_two
 
 
 @triton.jit
-def block_of(pid, c, stretch, blocks, per_stretch, BC: tl.constexpr, WIDE: tl.constexpr):
+def block_of(pid, c, stretch, blocks, per_stretch, BC: tl.constexpr, WIDE: tl.constexpr, ALIGNED: tl.constexpr):
     """Section, first channel of the stretch, channels [BC, 1], which of them exist.
 
     A stretch is as many whole groups as fit into a block, or one group that takes several blocks.
@@ -33,16 +33,24 @@ def block_of(pid, c, stretch, blocks, per_stretch, BC: tl.constexpr, WIDE: tl.co
     if WIDE:
         section = section.to(tl.int64)
     begin = block // per_stretch * stretch
+    end = tl.minimum(begin + stretch, c)
+    if ALIGNED:  # multiples of 8 already; now the compiler knows it, and eight neighbouring channels are one load
+        begin, end = begin // 8 * 8, end // 8 * 8
     channels = begin + block % per_stretch * BC + tl.arange(0, BC)[:, None]
-    return section, begin, channels, channels < tl.minimum(begin + stretch, c)
+    return section, begin, channels, channels < end
 
 
 @triton.jit
-def tile_of(item, section, channels, inside, n, c, s, stride_c, stride_s, tiles, BP: tl.constexpr, WIDE: tl.constexpr):
+def tile_of(
+    item, section, channels, inside, n, c, s, stride_c, stride_s, tiles, BP: tl.constexpr, WIDE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
     """Offsets [BC, BP] of the tile in the tensor, which of them exist, sample and positions."""
     sample = section * n + item // tiles
     at = item % tiles * BP + tl.arange(0, BP)[None, :]
     valid = inside & (at < s)
+    if ALIGNED:
+        stride_s = stride_s // 8 * 8
     if WIDE:
         channels, at = channels.to(tl.int64), at.to(tl.int64)
     return sample * c * s + channels * stride_c + at * stride_s, valid, sample, at
@@ -60,14 +68,16 @@ def byte_of(channels, at, sample, c, together, run_bytes, section_bytes, COLUMNS
 @triton.jit
 def measured(
     x, first, last, section, channels, inside, n, c, s, stride_c, stride_s, tiles, BC: tl.constexpr, BP: tl.constexpr,
-    WIDE: tl.constexpr,
+    WIDE: tl.constexpr, ALIGNED: tl.constexpr,
 ):
     """Moments [BC, 1] of every channel over the tiles first..last."""
     count = tl.zeros([BC, 1], tl.float32)
     mean = tl.zeros([BC, 1], tl.float32)
     m2 = tl.zeros([BC, 1], tl.float32)
     for item in range(first, last):
-        offsets, valid, _, _ = tile_of(item, section, channels, inside, n, c, s, stride_c, stride_s, tiles, BP, WIDE)
+        offsets, valid, _, _ = tile_of(
+            item, section, channels, inside, n, c, s, stride_c, stride_s, tiles, BP, WIDE, ALIGNED
+        )
         v = tl.load(x + offsets, valid, other=0.0, eviction_policy="evict_last").to(tl.float32)
         more, other, other_m2 = moments(v, valid)
         count, mean, m2 = merge_two(count, mean, m2, more, other, other_m2)
@@ -77,14 +87,14 @@ def measured(
 @triton.jit
 def measure(
     x, partials, n, c, s, stride_c, stride_s, tiles, items, per, parts, stretch, blocks, per_stretch, size,
-    BC: tl.constexpr, BP: tl.constexpr, WIDE: tl.constexpr,
+    BC: tl.constexpr, BP: tl.constexpr, WIDE: tl.constexpr, ALIGNED: tl.constexpr,
 ):
     """First pass: count, mean and m2, each (sections, parts, c) of float32."""
-    section, _, channels, inside = block_of(tl.program_id(0), c, stretch, blocks, per_stretch, BC, WIDE)
+    section, _, channels, inside = block_of(tl.program_id(0), c, stretch, blocks, per_stretch, BC, WIDE, ALIGNED)
     part = tl.program_id(1)
     first, last = part * per, tl.minimum(part * per + per, items)
     count, mean, m2 = measured(
-        x, first, last, section, channels, inside, n, c, s, stride_c, stride_s, tiles, BC, BP, WIDE
+        x, first, last, section, channels, inside, n, c, s, stride_c, stride_s, tiles, BC, BP, WIDE, ALIGNED
     )
     here = partials + (section * parts + part) * c + channels
     tl.store(here, count, inside)
@@ -93,22 +103,21 @@ def measure(
 
 
 @triton.jit
-def row(t, BC: tl.constexpr):
-    return tl.reshape(t, [1, BC])
+def group_sum(v, channels, inside, pooled, BC: tl.constexpr):
+    """[BC, 1]: for every channel the sum over all channels of its group, which are all in the block."""
+    groups = channels // pooled
+    same = (groups == tl.reshape(groups, [1, BC])) & (tl.reshape(inside.to(tl.int32), [1, BC]) != 0)
+    return tl.sum(tl.where(same, tl.reshape(v, [1, BC]), 0.0), 1, keep_dims=True)
 
 
 @triton.jit
-def same_group(channels, inside, pooled, BC: tl.constexpr):
-    """[BC, BC]: which channels of the block share a statistic with which."""
-    return (channels // pooled == row(channels // pooled, BC)) & row(inside.to(tl.int32), BC).to(tl.int1)
-
-
-@triton.jit
-def over_group(count, mean, m2, same, BC: tl.constexpr):
-    """Every channel gets the moments of all channels of its group, which are all in the block."""
-    return merge_along(
-        tl.where(same, row(count, BC), 0.0), tl.where(same, row(mean, BC), 0.0), tl.where(same, row(m2, BC), 0.0)
-    )
+def over_group(count, mean, m2, channels, inside, pooled, BC: tl.constexpr):
+    """Every channel gets mean and squared deviations of its group. Its channels count the same number of values."""
+    rough = group_sum(mean, channels, inside, pooled, BC) / pooled
+    off = mean - rough
+    rest = group_sum(off, channels, inside, pooled, BC) / pooled
+    off -= rest
+    return rough + rest, group_sum(m2 + count * off * off, channels, inside, pooled, BC)
 
 
 @triton.jit
@@ -144,7 +153,7 @@ def merged(
             tl.load(here + 2 * size, mask, other=0.0),
         )
         if POOLING == "block":
-            count, mean, m2 = over_group(count, mean, m2, same_group(channels, inside, pooled, BC), BC)
+            mean, m2 = over_group(count, mean, m2, channels, inside, pooled, BC)
         return mean, m2
 
 
@@ -162,10 +171,10 @@ def normalise(
     stride_c, stride_s, tiles, items, per, parts, stretch, blocks, per_stretch, size, pooled, units, values, unbiased,
     momentum, eps, slope, together, run_bytes, section_bytes, FROM: tl.constexpr, POOLING: tl.constexpr,
     GROUPED: tl.constexpr, ACTIVATION: tl.constexpr, COLUMNS: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
-    PARTS: tl.constexpr, WIDE: tl.constexpr,
+    PARTS: tl.constexpr, WIDE: tl.constexpr, ALIGNED: tl.constexpr,
 ):
     """Second pass. FROM: "input" (measure by itself), "partials" (of ``measure``), "given" (what is in ``stats``)."""
-    section, begin, channels, inside = block_of(tl.program_id(0), c, stretch, blocks, per_stretch, BC, WIDE)
+    section, begin, channels, inside = block_of(tl.program_id(0), c, stretch, blocks, per_stretch, BC, WIDE, ALIGNED)
     part = parts - 1 - tl.program_id(1)
     unit = section * (c // pooled) + channels // pooled if GROUPED else channels
     if FROM == "given":
@@ -174,10 +183,10 @@ def normalise(
     else:
         if FROM == "input":
             count, mean, m2 = measured(
-                x, 0, items, section, channels, inside, n, c, s, stride_c, stride_s, tiles, BC, BP, WIDE
+                x, 0, items, section, channels, inside, n, c, s, stride_c, stride_s, tiles, BC, BP, WIDE, ALIGNED
             )
             if POOLING == "block":
-                count, mean, m2 = over_group(count, mean, m2, same_group(channels, inside, pooled, BC), BC)
+                mean, m2 = over_group(count, mean, m2, channels, inside, pooled, BC)
         else:
             mean, m2 = merged(partials, section, begin, channels, inside, c, parts, size, pooled, POOLING, BC, PARTS)
         rstd = 1.0 / tl.sqrt_rn(m2 / values + eps)
@@ -196,7 +205,7 @@ def normalise(
     for step in range(first, last):
         item = first + last - 1 - step
         offsets, valid, sample, at = tile_of(
-            item, section, channels, inside, n, c, s, stride_c, stride_s, tiles, BP, WIDE
+            item, section, channels, inside, n, c, s, stride_c, stride_s, tiles, BP, WIDE, ALIGNED
         )
         v = tl.load(x + offsets, valid, other=0.0, eviction_policy="evict_first").to(tl.float32)
         z = (v - mean) * scale + shift
@@ -240,14 +249,14 @@ def look(
 def summed(
     x, dy, residual, bits, first, last, section, channels, inside, mean, scale, shift, n, c, s, stride_c, stride_s,
     tiles, slope, together, run_bytes, section_bytes, ACTIVATION: tl.constexpr, COLUMNS: tl.constexpr,
-    BC: tl.constexpr, BP: tl.constexpr, WIDE: tl.constexpr,
+    BC: tl.constexpr, BP: tl.constexpr, WIDE: tl.constexpr, ALIGNED: tl.constexpr,
 ):
     """Sums [BC, 1] of dz and of dz (x - mean) over the tiles first..last."""
     one = tl.zeros([BC, 1], tl.float32)
     two = tl.zeros([BC, 1], tl.float32)
     for item in range(first, last):
         offsets, valid, sample, at = tile_of(
-            item, section, channels, inside, n, c, s, stride_c, stride_s, tiles, BP, WIDE
+            item, section, channels, inside, n, c, s, stride_c, stride_s, tiles, BP, WIDE, ALIGNED
         )
         off, dz = look(
             x, dy, residual, bits, offsets, valid, sample, channels, at, mean, scale, shift, c, slope, together,
@@ -263,10 +272,10 @@ def sum_up(
     x, dy, residual, weight, bias, bits, stats, partials, n, c, s, stride_c, stride_s, tiles, items, per, parts,
     stretch, blocks, per_stretch, size, pooled, units, slope, together, run_bytes, section_bytes,
     GROUPED: tl.constexpr, ACTIVATION: tl.constexpr, COLUMNS: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
-    WIDE: tl.constexpr,
+    WIDE: tl.constexpr, ALIGNED: tl.constexpr,
 ):
     """First pass of backward: the sums of dz and of dz (x - mean), each (sections, parts, c) of float32."""
-    section, _, channels, inside = block_of(tl.program_id(0), c, stretch, blocks, per_stretch, BC, WIDE)
+    section, _, channels, inside = block_of(tl.program_id(0), c, stretch, blocks, per_stretch, BC, WIDE, ALIGNED)
     part = tl.program_id(1)
     unit = section * (c // pooled) + channels // pooled if GROUPED else channels
     mean = tl.load(stats + unit, inside, other=0.0)
@@ -275,7 +284,7 @@ def sum_up(
     one, two = summed(
         x, dy, residual, bits, part * per, tl.minimum(part * per + per, items), section, channels, inside, mean,
         scale, shift, n, c, s, stride_c, stride_s, tiles, slope, together, run_bytes, section_bytes, ACTIVATION,
-        COLUMNS, BC, BP, WIDE,
+        COLUMNS, BC, BP, WIDE, ALIGNED,
     )
     here = partials + (section * parts + part) * c + channels
     tl.store(here, one, inside)
@@ -304,14 +313,14 @@ def differentiate(
     tiles, items, per, parts, stretch, blocks, per_stretch, size, pooled, units, values, slope, together, run_bytes,
     section_bytes, FROM: tl.constexpr, POOLING: tl.constexpr, GROUPED: tl.constexpr, BATCH: tl.constexpr,
     ACTIVATION: tl.constexpr, COLUMNS: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, PARTS: tl.constexpr,
-    WIDE: tl.constexpr,
+    WIDE: tl.constexpr, ALIGNED: tl.constexpr,
 ):
     """Second pass of backward; dweight and dbias: (sections, c).
 
     FROM: "input", "partials" (of ``sum_up``), "none" (no sum is wanted), or "given": ``partials`` has averages,
     (2, units), which per sample contain the weight.
     """
-    section, begin, channels, inside = block_of(tl.program_id(0), c, stretch, blocks, per_stretch, BC, WIDE)
+    section, begin, channels, inside = block_of(tl.program_id(0), c, stretch, blocks, per_stretch, BC, WIDE, ALIGNED)
     part = parts - 1 - tl.program_id(1)
     unit = section * (c // pooled) + channels // pooled if GROUPED else channels
     mean = tl.load(stats + unit, inside, other=0.0)
@@ -330,7 +339,7 @@ def differentiate(
         if FROM == "input":
             one, two = summed(
                 x, dy, residual, bits, 0, items, section, channels, inside, mean, rstd * w, shift, n, c, s, stride_c,
-                stride_s, tiles, slope, together, run_bytes, section_bytes, ACTIVATION, COLUMNS, BC, BP, WIDE,
+                stride_s, tiles, slope, together, run_bytes, section_bytes, ACTIVATION, COLUMNS, BC, BP, WIDE, ALIGNED,
             )
         else:
             index = tl.arange(0, PARTS)[None, :]
@@ -345,9 +354,8 @@ def differentiate(
                 tl.store(dbias + section * c + channels, one, inside)
         one, two = one * w / values, two * w / values
         if POOLING == "block":
-            same = same_group(channels, inside, pooled, BC)
-            one = tl.sum(tl.where(same, row(one, BC), 0.0), 1, keep_dims=True)
-            two = tl.sum(tl.where(same, row(two, BC), 0.0), 1, keep_dims=True)
+            one = group_sum(one, channels, inside, pooled, BC)
+            two = group_sum(two, channels, inside, pooled, BC)
         elif POOLING == "loop":
             nothing = tl.zeros([BC, 1], tl.float32)
             own, other = over_stretch(partials + section * parts * c, weight, begin, c, parts, size, pooled)
@@ -357,7 +365,7 @@ def differentiate(
         for step in range(first, last):
             item = first + last - 1 - step
             offsets, valid, sample, at = tile_of(
-                item, section, channels, inside, n, c, s, stride_c, stride_s, tiles, BP, WIDE
+                item, section, channels, inside, n, c, s, stride_c, stride_s, tiles, BP, WIDE, ALIGNED
             )
             off, dz = look(
                 x, dy, residual, bits, offsets, valid, sample, channels, at, mean, rstd * w, shift, c, slope,

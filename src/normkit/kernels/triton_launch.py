@@ -7,6 +7,7 @@ on the same kind of GPU is cut up the same way, gives the same bits, and can be 
 from __future__ import annotations
 
 import functools
+import math
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +18,9 @@ from torch import Tensor
 
 from normkit.kernels import contract, triton_channels, triton_rows, triton_tile
 
-TILE = 8192
-"""Elements of 2 bytes in a tile; half as many of 4. Eight warps then have 16 kB each of loads in flight, which is about
-what one of an H200's processors needs to keep its share of the memory busy (bandwidth times latency: 22 kB)."""
+TILE = 4096
+"""Elements of 2 bytes in a tile; half as many of 4. With eight warps that is 16 elements and 100 registers a thread,
+so that two or three programs share a processor: while one computes, the others have 8 kB of loads each in flight."""
 MOST_PARTS = 64
 """Partial moments that every program of the second pass merges: one tile of [channels, parts]."""
 PROGRAMS = 4
@@ -109,7 +110,7 @@ class Channels:
         self.BC = min(max(16, parts_of(c)), 64, self._fitting(least))
         self.BP = max(16, min(tile // self.BC, parts_of(s), 1024))
         self.loop = self.pooled > self.BC
-        stretch = self.pooled if self.loop else self.BC // self.pooled * self.pooled
+        stretch = self.pooled if self.loop else self._stretch(self.BC)
         per_stretch = triton.cdiv(stretch, self.BC)
         self.blocks = triton.cdiv(c, stretch) * per_stretch
         tiles = triton.cdiv(s, self.BP)
@@ -124,15 +125,26 @@ class Channels:
         self.programs = (programs, self.parts)
         stride_c, stride_s = (1, c) if self.columns else (s, 1)
         self.size = sections * self.parts * c
-        self._place = (samples, c, s, stride_c, stride_s, tiles, items, per, self.parts, stretch, self.blocks)
-        self._place += (per_stretch, self.size)
-        self.constants = {"BC": self.BC, "BP": self.BP, "WIDE": n * c * self.work.s >= 2**31}
+        where = (samples, c, s, stride_c, stride_s, tiles, items, per, self.parts)
+        self._place = (*where, stretch, self.blocks, per_stretch, self.size)
+        aligned = self.columns and c % 8 == 0 and stretch % 8 == 0
+        self.constants = {"BC": self.BC, "BP": self.BP, "WIDE": n * c * self.work.s >= 2**31, "ALIGNED": aligned}
+
+    def _stretch(self, block: int) -> int:
+        """Channels of whole groups in a block; if there is one, a multiple of 8 where channels are neighbours."""
+        step = math.lcm(self.pooled, 8) if self.columns else self.pooled
+        return block // step * step or block // self.pooled * self.pooled
 
     def _fitting(self, least: int) -> int:
-        """The block of 16, 32 or 64 channels that whole groups fill best, the widest that is no wider than needed."""
+        """The block of 16, 32 or 64 channels that whole groups fill best, the narrowest of these from ``least`` on.
+
+        Loads of eight neighbours are worth more than full blocks: a stretch that 8 divides goes first.
+        """
         if self.pooled >= 64:
             return 64
-        filled = {b: b // self.pooled * self.pooled / b for b in (64, 32, 16) if b >= self.pooled}
+        stretches = {b: self._stretch(b) for b in (64, 32, 16) if b >= self.pooled}
+        aligned = {b: stretch for b, stretch in stretches.items() if self.columns and stretch % 8 == 0}
+        filled = {b: stretch / b for b, stretch in (aligned or stretches).items()}
         good = [b for b, share in filled.items() if share >= 0.9 * max(filled.values())]
         return next((b for b in sorted(good) if b >= least), max(good))
 
@@ -237,19 +249,21 @@ class Channels:
         if parameters or (need_x and self.batch):
             source = "input" if self._alone else "partials"
             partials = None if self._alone else self.summed(x, dy, residual, weight, bias, stats, bits)
-        own: list[Tensor | None] = [None, None]
+        own: tuple[Tensor | None, Tensor | None]
         each = None
         if parameters and self.sections > 1:
             each = torch.empty((2, self.sections, self.work.c), dtype=torch.float32, device=x.device)
-            own = [each[0], each[1]]
+            own = each[0], each[1]
         else:
-            own = [torch.empty_like(weight) if need_weight else None, torch.empty_like(bias) if need_bias else None]
+            wanted = ((weight, need_weight), (bias, need_bias))
+            of_weight, of_bias = (torch.empty_like(t) if t is not None and need else None for t, need in wanted)
+            own = of_weight, of_bias
         dx, dresidual = self._differentiate(
             x, dy, residual, weight, bias, stats, bits, partials, source, (need_x, need_residual), own
         )
         if each is not None:
-            own = list(gradients_of(each, weight, bias, (need_weight, need_bias)))
-        return dx, own[0], own[1], dresidual
+            own = gradients_of(each, weight, bias, (need_weight, need_bias))
+        return dx, *own, dresidual
 
     def gradients(
         self, x: Tensor, dy: Tensor, residual: Any, weight: Any, bias: Any, stats: Tensor, bits: Any, means: Tensor,
@@ -257,7 +271,7 @@ class Channels:
     ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
         """Of x and residual, from sums divided by the counts, (2, units); per sample the weight is in them."""
         given = (x, dy, residual, weight, bias, stats, bits, means, "given")
-        return self._differentiate(*given, need, [None, None])
+        return self._differentiate(*given, need, (None, None))
 
     def _differentiate(
         self, x: Tensor, dy: Tensor, residual: Any, weight: Any, bias: Any, stats: Tensor, bits: Any, partials: Any,
@@ -287,7 +301,7 @@ class Rows:
         self.statistics = work.statistics
         self.bits = contract.bits_needed(work) if epilogue.keeps_bits else 0
         self.features = work.c
-        tile = TILE // 2 if dtype.itemsize == 2 else TILE // 4
+        tile = TILE if dtype.itemsize == 2 else TILE // 2
         if self.along_rows:
             samples, rows, self.period = work.n, work.s, 1
             strides = (1, work.s, work.s * work.c)
@@ -375,7 +389,7 @@ def tune(kernel: Kernel, x: Tensor) -> None:
     source = torch.randn_like(x)
     residual = source if kernel.epilogue.residual else None
     bits = torch.empty(kernel.bits, dtype=torch.uint8, device=x.device) if kernel.bits else None
-    given = (None, None)
+    given: tuple[Tensor | None, Tensor | None] = (None, None)
     if isinstance(kernel, Channels) and not kernel.batch:
         given = (torch.zeros(kernel.work.c, device=x.device), torch.ones(kernel.work.c, device=x.device))
     times = {}
