@@ -168,7 +168,10 @@ VERBS = {
     "freeze": (),
     "sync": (),
 }
-each_verb = pytest.mark.parametrize("verb", VERBS)
+QUICK = ("calibrate", "freeze")
+each_verb = pytest.mark.parametrize(
+    "verb", [verb if verb in QUICK else pytest.param(verb, marks=pytest.mark.slow) for verb in VERBS]
+)
 
 
 @each_verb

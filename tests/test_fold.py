@@ -132,7 +132,9 @@ def test_the_keys_are_those_of_before_without_the_norms_and_with_a_bias_where_th
 
 
 def test_two_norms_in_a_row_go_into_the_layer_before_one_after_the_other():
-    assert_all_gone(nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nk.BatchNorm2d(6), nn.ReLU()), image())
+    for bias in (True, False):
+        layers = [nn.Conv2d(4, 6, 3, bias=bias), nn.BatchNorm2d(6), nk.BatchNorm2d(6), nn.ReLU()]
+        assert_all_gone(nn.Sequential(*layers), image())
 
 
 def test_what_moves_channels_about_may_stand_between():
@@ -147,12 +149,14 @@ def test_what_moves_channels_about_may_stand_between():
     assert_all_gone(Moved(), image(3, 5, 4))
 
 
+@pytest.mark.slow
 def test_pooling_may_stand_between():
     assert_all_gone(
         nn.Sequential(nn.Conv2d(4, 6, 3), nn.AvgPool2d(2), nn.Flatten(2), nn.BatchNorm1d(6), nn.Tanh()), image()
     )
 
 
+@pytest.mark.slow
 def test_zeros_put_in_between_are_not_the_layers_own():
     model = nn.Sequential(nn.Conv2d(4, 6, 3), nn.ZeroPad2d(1), nn.BatchNorm2d(6), nn.ReLU())
     assert_refused(model, "pad in 1 stands before it", image())
@@ -199,6 +203,7 @@ def test_a_convolution_with_two_norms_is_refused_for_both():
     assert [row.module for row in result.certificate.refused] == ["a", "b"]
 
 
+@pytest.mark.slow
 def test_each_use_with_a_norm_of_its_own_is_refused_for_both():
     result = assert_refused(Twice(nn.Sequential(nn.BatchNorm2d(4), nn.ReLU())), "conv.weight is also used by", image())
     assert len(result.certificate.refused) == 2
@@ -246,6 +251,7 @@ def test_a_value_with_a_second_reader_is_refused():
     assert_refused(Read(), "add in the model reads the same value, from before the norm", image())
 
 
+@pytest.mark.slow
 def test_a_value_that_the_model_returns_is_a_second_reader():
     class Returned(nn.Module):
         def __init__(self):
@@ -268,7 +274,7 @@ def test_three_axes_where_the_linear_layer_has_its_channels_last():
 @pytest.mark.filterwarnings("ignore:.*spectral_norm:FutureWarning")
 def test_a_weight_that_is_computed_is_refused(wrap):
     model = nn.Sequential(wrap(nn.Conv2d(4, 6, 3)), nn.BatchNorm2d(6), nn.ReLU())
-    assert_refused(model, "the weight of 0 is computed anew in every call", image())
+    assert_refused(model, "the weight of 0 is computed in every call", image())
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
@@ -278,6 +284,7 @@ def test_a_model_that_cannot_be_copied_says_what_to_use():
         nk.fold(model, torch.randn(IMAGE))
 
 
+@pytest.mark.slow
 def test_a_norm_that_learns_in_evaluation_or_uses_the_batch_stays():
     model = nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6, track_running_stats=False, affine=False))
     result = folded(model, image())
@@ -312,19 +319,21 @@ def test_into_the_layers_behind(case):
     assert_all_gone(nn.Sequential(nn.Tanh(), copy.deepcopy(norm), copy.deepcopy(layer), nn.ReLU()), image(*shape))
 
 
+IN_THE_WAY = [
+    (nn.Conv2d(4, 6, 3, padding=1), "pads with zeros"),
+    (nn.Conv2d(4, 6, 3, padding="same"), "pads with zeros"),
+    (nn.Sequential(nn.ZeroPad2d(1), nn.Conv2d(4, 6, 3)), "pads with zeros"),
+    (nn.ConvTranspose2d(4, 6, 3), "is transposed"),
+    (nn.Sequential(nn.ReLU(), nn.Conv2d(4, 6, 3)), "relu in 2.0 reads what it makes"),
+    (nn.Linear(8, 3), "has its channels along axis 3, the norm along axis 1"),
+    (nn.Sequential(nn.AvgPool2d(3, padding=1), nn.Conv2d(4, 6, 3)), "avg_pool2d in 2.0 reads what it makes"),
+    (nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(4, 6, 3)), "reads what"),
+    (nn.Identity(), "the model returns what it makes"),
+]
+
+
 @pytest.mark.parametrize(
-    ("layer", "words"),
-    [
-        (nn.Conv2d(4, 6, 3, padding=1), "pads with zeros"),
-        pytest.param(nn.Conv2d(4, 6, 3, padding="same"), "pads with zeros", marks=pytest.mark.slow),
-        (nn.Sequential(nn.ZeroPad2d(1), nn.Conv2d(4, 6, 3)), "pads with zeros"),
-        (nn.ConvTranspose2d(4, 6, 3), "is transposed"),
-        (nn.Sequential(nn.ReLU(), nn.Conv2d(4, 6, 3)), "relu in 2.0 reads what it makes"),
-        (nn.Linear(8, 3), "has its channels along axis 3, the norm along axis 1"),
-        (nn.Sequential(nn.AvgPool2d(3, padding=1), nn.Conv2d(4, 6, 3)), "avg_pool2d in 2.0 reads what it makes"),
-        pytest.param(nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(4, 6, 3)), "reads what", marks=pytest.mark.slow),
-        (nn.Identity(), "the model returns what it makes"),
-    ],
+    ("layer", "words"), [*IN_THE_WAY[:1], *(pytest.param(*case, marks=pytest.mark.slow) for case in IN_THE_WAY[1:])]
 )
 def test_what_stands_in_the_way_behind(layer, words):
     result = assert_refused(nn.Sequential(nn.Tanh(), nn.BatchNorm2d(4), layer), words, image())
@@ -382,6 +391,7 @@ def test_weight_and_bias_go_into_the_layers_behind(norm):
     assert (result.a.bias is not None) == shifts
 
 
+@pytest.mark.slow
 def test_a_second_kind_of_reader_keeps_weight_and_bias():
     assert_refused(Block(nn.LayerNorm(4), second=False), "mean in the model reads what it makes", image(2, 5, 4))
 
@@ -415,6 +425,7 @@ def test_a_weight_for_every_element_is_refused():
     assert_refused(model, "a weight for every element of (9, 8)", image())
 
 
+@pytest.mark.slow
 def test_a_weight_that_another_layer_reads_is_refused():
     class Tied(nn.Module):
         def __init__(self):
@@ -472,6 +483,45 @@ def test_a_subclass_keeps_what_its_forward_does_beside_the_norm():
     assert result.certificate.changed[0].detail == "into conv; BatchNormAct2d has a forward without it"
     assert isinstance(result.norm.act, nn.SiLU)
     assert [*result.state_dict()] == ["conv.weight", "conv.bias"]
+
+
+class SplitBatchNorm2d(nn.BatchNorm2d):
+    """timm's in outline: parts of the batch have norms of their own in training, and one norm in evaluation."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.aux_bn = nn.ModuleList([nn.BatchNorm2d(size)])
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.training:
+            first, second = input.chunk(2)
+            return torch.cat([super().forward(first), self.aux_bn[0](second)])
+        return super().forward(input)
+
+
+def test_a_norm_that_is_split_in_training_is_folded_as_it_is_in_evaluation():
+    result = folded(nn.Sequential(nn.Conv2d(4, 6, 3), SplitBatchNorm2d(6), nn.ReLU()), image())
+    assert result.certificate.changed[0].detail == "into 0; SplitBatchNorm2d has a forward without it"
+    assert [(row.module, row.reason) for row in result.certificate.skipped] == [
+        ("1.aux_bn.0", "it was not called on example_inputs")
+    ]
+
+
+def test_a_norm_whose_weight_others_read_keeps_one_of_ones():
+    """torch's transformer looks at the weights of its norms before it decides how to compute."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True)
+    result = folded(nn.TransformerEncoder(layer, 1, enable_nested_tensor=False), image(2, 5, 8))
+    assert [row.module for row in result.certificate.changed] == ["layers.0.norm2", "layers.0.norm1"]
+    assert (result.layers[0].norm1.weight == 1).all()
+
+
+def test_a_norm_inside_autocast_is_found_in_its_layer():
+    class Auto(nn.Sequential):
+        def forward(self, x):
+            with torch.autocast("cpu", enabled=False):
+                return super().forward(x).relu()
+
+    assert isinstance(assert_all_gone(Auto(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6)), image())[1], nn.Identity)
 
 
 class ByFunction(nn.Module):
@@ -532,6 +582,7 @@ def test_a_norm_with_a_skip_goes_into_the_linear_layer_behind(alpha):
     assert [*result.state_dict()] == ["2.weight", "2.bias"]
 
 
+@pytest.mark.slow
 def test_a_norm_with_a_skip_goes_into_the_layer_before():
     assert_all_gone(nn.Sequential(nn.Linear(4, 4), RepBN(4, nn.Parameter(torch.ones(1))), nn.Tanh()), image(2, 5, 4))
 
@@ -549,6 +600,7 @@ def test_a_norm_and_its_input_added_as_they_are():
     assert_all_gone(Added(), image())
 
 
+@pytest.mark.slow
 def test_a_residual_that_is_another_value_is_no_skip():
     class Residual(nn.Module):
         def __init__(self):
@@ -590,6 +642,7 @@ def test_what_trains_is_what_trained(trains):
     assert asked == {"0.weight": not trains, "0.bias": trains, "2.weight": trains, "2.bias": True}
 
 
+@pytest.mark.slow
 def test_hooks_stand_in_the_way():
     for module in (0, 1):
         model = nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU())

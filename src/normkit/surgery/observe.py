@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from typing import Any
 
 from torch import Tensor, nn
@@ -32,3 +33,25 @@ def calls(model: nn.Module, example_inputs: Any) -> Given:
         for handle in handles:
             handle.remove()
     return seen
+
+
+def read_by_others(model: nn.Module, example_inputs: Any) -> dict[nn.Module, str]:
+    """Modules whose parameters or buffers other code than their own reads in a run, and the class of who does."""
+    found: dict[nn.Module, str] = {}
+    below = set(model.modules())
+
+    def read(module: nn.Module, name: str) -> Any:
+        value = original(module, name)
+        if isinstance(value, Tensor) and module in below:
+            reader = sys._getframe(1).f_locals.get("self")
+            if isinstance(reader, nn.Module) and reader is not module:
+                found.setdefault(module, type(reader).__name__)
+        return value
+
+    original = nn.Module.__getattr__
+    nn.Module.__getattr__ = read  # type: ignore[method-assign]
+    try:
+        probe.run(model, example_inputs, training=False)
+    finally:
+        nn.Module.__getattr__ = original  # type: ignore[method-assign]
+    return found

@@ -32,11 +32,6 @@ class Fold:
         return self.sites[0]
 
     @property
-    def home(self) -> str:
-        """The module that the norm's own parameters are in."""
-        return self.site.constants.names()[0].rpartition(".")[0]
-
-    @property
     def layers(self) -> str:
         return ", ".join(dict.fromkeys(used.owner or "the model" for used, _ in self.uses))
 

@@ -38,8 +38,14 @@ def named(model: nn.Module) -> dict[str, Tensor]:
     return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
 
 
-def way(model: nn.Module, fold: Fold, given: dict[nn.Module, dict[str, Any]]) -> Way:
+def way(model: nn.Module, fold: Fold, given: dict[nn.Module, dict[str, Any]], others: dict[nn.Module, str]) -> Way:
     """How the norm of a fold goes.
+
+    Args:
+        model: has the norm.
+        fold: of it.
+        given: with what each module was called.
+        others: see :func:`normkit.surgery.observe.read_by_others`.
 
     Raises:
         Refused: it cannot; the message is a clause with the norm for its subject.
@@ -52,16 +58,18 @@ def way(model: nn.Module, fold: Fold, given: dict[nn.Module, dict[str, Any]]) ->
         raise Refused("has hooks, which would see another value; remove them first")
     if parametrize.is_parametrized(owner):
         raise Refused("has parametrizations; remove them with torch.nn.utils.parametrize.remove_parametrizations first")
-    plain = _is_a_plain_norm(owner) and model.get_submodule(fold.home) is owner
+    plain = is_a_plain_norm(owner) and model.get_submodule(fold.site.home(model)) is owner
     if fold.site.input is None:
-        return "plain" if plain else "neutral"
+        return "plain" if plain and owner not in others else "neutral"
     if plain and fold.site.skip is None:
+        if owner in others:
+            raise Refused(f"is read by the code of {others[owner]}, which would look for its weight in vain")
         return "identity"
     _rewritten(model, fold, given)
     return "rewrite"
 
 
-def _is_a_plain_norm(module: nn.Module) -> bool:
+def is_a_plain_norm(module: nn.Module) -> bool:
     """Whether the forward is that of torch's or normkit's norm, and reads nothing but weight, bias and statistics."""
     if "forward" in vars(module):
         return False
@@ -95,7 +103,8 @@ class Absorb:
         after = None if self.way != "rewrite" else _rewritten(self.model, fold, self.given)
         trains = [tensors[n].requires_grad for n in (fold.site.constants.bias, fold.site.constants.weight) if n]
         for used, inner in fold.uses:
-            weight, bias = tensors[used.weight], None if used.bias is None else tensors[used.bias]
+            weight = tensors[used.weight]
+            bias = tensors.get(used.bias or f"{used.owner}.bias".lstrip("."))  # one from the fold before, perhaps
             new_bias: Tensor | None
             wide = weight.detach().double(), None if bias is None else bias.detach().double()
             if fold.side == "before":

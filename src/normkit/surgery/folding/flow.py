@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import logging
+import operator
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -69,6 +71,8 @@ class Flow:
         """A node as a person would call it."""
         if node.op == "placeholder":
             return "an input"
+        if node.target is operator.getitem:
+            return self.words(node.all_input_nodes[0])
         word = str(node.target).removeprefix("aten.").partition(".")[0].strip("_") if node.op != "output" else "output"
         return f"{word} in {self.owner(node) or 'the model'}"
 
@@ -127,8 +131,10 @@ def _exported(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> torch.e
 def _quiet() -> Iterator[None]:
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
+    aside = io.StringIO()  # where the export fails, torch prints the graph so far
     try:
-        yield
+        with contextlib.redirect_stdout(aside), contextlib.redirect_stderr(aside):
+            yield
     finally:
         logging.disable(before)
 

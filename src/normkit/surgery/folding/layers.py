@@ -56,10 +56,9 @@ def use(flow: Flow, node: Node) -> Use | str:
     args: dict[int, Any] = dict(enumerate(node.args))
     owner = flow.owner(node)
     weight, bias = flow.names.get(args[1]), args.get(2)
-    if weight is None:
-        return f"the weight of {owner or 'the layer'} is computed anew in every call (a parametrization?); remove that"
-    if bias is not None and bias not in flow.names:
-        return f"the bias of {owner or 'the layer'} is computed anew in every call (a parametrization?); remove that"
+    if weight is None or (bias is not None and bias not in flow.names):
+        what = f"{'weight' if weight is None else 'bias'} of {owner or 'the layer'}"
+        return f"the {what} is computed in every call (a parametrization, or a part of another weight)"
     if not flow.tensor(weight).is_floating_point():
         return f"the weight of {owner or 'the layer'} is {flow.tensor(weight).dtype}"
     names = (owner, weight, None if bias is None else flow.names[bias])

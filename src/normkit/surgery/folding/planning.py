@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -40,14 +40,15 @@ def look(model: nn.Module, example_inputs: Any, filter_fn: Filter | None) -> Fou
     """Find the norms of a model, and what each can go into. Nothing is changed."""
     found = Found()
     flows, without = flow.observe(model, example_inputs)
+    called, others = observe.calls(model, example_inputs), observe.read_by_others(model, example_inputs)
     wanted: list[sites.Site] = []
     seen: set[str] = set()
-    for site in (site for one in flows for site in sites.find(one)):
+    for site in (_at_home(model, site, called) for one in flows for site in sites.find(one)):
         seen.add(site.owner)
         if isinstance(site, sites.NoSite):
             (found.skipped if site.nothing_to_do else found.refused)[site.owner] = site.reason
             continue
-        seen |= {name.rpartition(".")[0] for name in site.constants.names()}
+        seen.add(site.home(model))
         if filter_fn is not None and not filter_fn(model.get_submodule(site.owner), site.owner):
             found.skipped[site.owner] = "filter_fn left it out"
         else:
@@ -56,11 +57,10 @@ def look(model: nn.Module, example_inputs: Any, filter_fn: Filter | None) -> Fou
     for site, reason in against.items():
         part = site.flow.prefix.rstrip(".")
         found.refused[site.owner] = reason if not part else f"{reason} ({_only(part, without)})"
-    called = observe.calls(model, example_inputs)
     for one in folds:
         owner = model.get_submodule(one.site.owner)
         try:
-            found.folds.append((one, edits.way(model, one, called)))
+            found.folds.append((one, edits.way(model, one, called, others)))
             found.calls[one.site.owner] = called.get(owner, {})
         except Refused as refused:
             found.refused[one.site.owner] = f"it {refused}"
@@ -72,6 +72,15 @@ def look(model: nn.Module, example_inputs: Any, filter_fn: Filter | None) -> Fou
         else:
             found.skipped[name] = "it was not called on example_inputs"
     return found
+
+
+def _at_home(model: nn.Module, site: sites.Site | sites.NoSite, called: observe.Given) -> sites.Site | sites.NoSite:
+    """A site in the layer whose parameters it reads, where torch.export has not kept in which module it was."""
+    if isinstance(site, sites.NoSite) or site.skip is not None:
+        return site
+    home = site.home(model)
+    module = model.get_submodule(home)
+    return replace(site, owner=home) if module in called and edits.is_a_plain_norm(module) else site
 
 
 def plan(model: nn.Module, found: Found) -> Plan:
@@ -97,7 +106,8 @@ def plan(model: nn.Module, found: Found) -> Plan:
 def _looks_like_a_norm(module: nn.Module, name: str) -> bool:
     if isinstance(module, nn.Identity) or "parametrizations" in name.split("."):
         return False
-    named_so = type(module).__name__.lower().endswith("norm") and not list(module.children())
+    has_some = next(module.parameters(recurse=False), next(module.buffers(recurse=False), None)) is not None
+    named_so = "norm" in type(module).__name__.lower() and has_some
     return named_so or recast.looks_like_a_norm(module) or isinstance(module, Norm)
 
 
@@ -109,7 +119,7 @@ def _only(part: str, without: dict[str, str]) -> str:
 def _why_unseen(name: str, without: dict[str, str]) -> str:
     if name in without:
         return f"what it does cannot be seen: torch.export refuses it: {without[name]}"
-    return "what it does to each channel is not a scale and a shift that stand fixed"
+    return "no output depends on a scale and a shift of it that stand fixed"
 
 
 def _changes(model: nn.Module, one: Fold, way: edits.Way) -> set[str]:
@@ -117,7 +127,11 @@ def _changes(model: nn.Module, one: Fold, way: edits.Way) -> set[str]:
     facts = {preserve.key(f"{used.owner}.bias".lstrip(".")) for used, _ in one.uses if used.bias is None}
     if way == "neutral":
         return facts
-    tensors, home, owner = edits.named(model), model.get_submodule(one.home), model.get_submodule(one.site.owner)
+    tensors, home, owner = (
+        edits.named(model),
+        model.get_submodule(one.site.home(model)),
+        model.get_submodule(one.site.owner),
+    )
     gone = {id(tensors[name]) for name in one.site.constants.names()}
     left: set[nn.Module] = set()
     if one.site.input is not None:  # all of the norm goes: the counters of batches, and what a policy keeps

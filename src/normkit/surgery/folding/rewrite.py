@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from normkit import functional
-from normkit.surgery.trace import Refused, trace
+from normkit.surgery.trace import Refused, Traced, trace
 
 _FUNCTIONS = (F.batch_norm, torch.batch_norm, functional.batch_norm, F.instance_norm, functional.instance_norm)
 _NAMES = ("running_mean", "running_var", "weight", "bias")
@@ -28,7 +28,7 @@ def without(owner: nn.Module, constants: list[Tensor], skip: bool, given: Mappin
     Raises:
         Refused: the forward cannot be written down without it.
     """
-    traced = trace(owner, given=given, training=False)
+    traced = _traced(owner, given)
     graph, wanted = traced.graph, {id(tensor) for tensor in constants}
     norms = [node for node in graph.nodes if _made_of(owner, node) & wanted]
     if not norms:
@@ -54,6 +54,18 @@ def without(owner: nn.Module, constants: list[Tensor], skip: bool, given: Mappin
         vars(module)[store] = {name: value for name, value in kept.items() if not _counter(owner, name, wanted)}
     module.train(owner.training)
     return module
+
+
+def _traced(owner: nn.Module, given: Mapping[str, Any] | None) -> Traced:
+    """The forward of ``owner``, without torch's question how many axes there are: it has been answered."""
+    asks = isinstance(owner, nn.modules.batchnorm._NormBase) and "_check_input_dim" not in vars(owner)
+    if asks:
+        vars(owner)["_check_input_dim"] = lambda x: None
+    try:
+        return trace(owner, given=given, training=False)
+    finally:
+        if asks:
+            del vars(owner)["_check_input_dim"]
 
 
 def _made_of(owner: nn.Module, node: fx.Node) -> set[int]:

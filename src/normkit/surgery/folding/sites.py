@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Node
 
 from normkit.surgery.folding.flow import Flow, shape
@@ -29,9 +29,12 @@ class Constants:
     """By what the norm's input is multiplied and added to its output: a parameter or a number."""
     eps: float = 0.0
 
+    def parts(self) -> list[str]:
+        """What belongs to the norm itself."""
+        return [name for name in (self.weight, self.bias, self.mean, self.var) if name is not None]
+
     def names(self) -> list[str]:
-        every = (self.weight, self.bias, self.mean, self.var, self.skip)
-        return [name for name in every if isinstance(name, str)]
+        return self.parts() + ([self.skip] if isinstance(self.skip, str) else [])
 
     @property
     def shifts(self) -> bool:
@@ -70,11 +73,25 @@ class Site:
     skip: Node | None = None
     """The addition of a skip around it, which is a part of it."""
 
+    def home(self, model: nn.Module) -> str:
+        """The module that has the norm's parameters: the owner, or a module below that the owner reads."""
+        tensors = {id(_tensor(model, name)) for name in self.constants.parts()}
+        has = lambda module: tensors <= {id(t) for t in (*module._parameters.values(), *module._buffers.values())}
+        if has(model.get_submodule(self.owner)):
+            return self.owner
+        return next((name for name, module in model.named_modules() if has(module)), self.owner)
+
     @property
     def key(self) -> tuple[int | None, ...]:
         """The same for every application of the same norm."""
         c = self.constants
         return tuple(None if n is None else id(self.flow.tensor(n)) for n in (c.weight, c.bias, c.mean, c.var))
+
+
+def _tensor(model: nn.Module, name: str) -> Tensor | None:
+    path, _, own = name.rpartition(".")
+    module = model.get_submodule(path)
+    return module._parameters.get(own, module._buffers.get(own))
 
 
 @dataclass(frozen=True)
