@@ -34,18 +34,18 @@ class Dicts(nn.Module):
         return {"logits": self.model(image)}
 
 
-FORMS = {
+MANNERS = {
     "float32": (torch.float32, torch.contiguous_format, False),
     "dict": (torch.float32, torch.contiguous_format, True),
     "bfloat16": (torch.bfloat16, torch.contiguous_format, False),
     "channels_last": (torch.float32, torch.channels_last, False),
 }
-each_form = pytest.mark.parametrize("form", some(FORMS, ["float32"]))
+each_manner = pytest.mark.parametrize("manner", some(MANNERS, ["float32"]))
 
 
-def assert_folds(model: nn.Module, x: Tensor, form: str) -> nn.Module:
+def assert_folds(model: nn.Module, x: Tensor, manner: str) -> nn.Module:
     """All norms go, and the outputs are those of the exact model to the digits of the type."""
-    dtype, layout, as_dict = FORMS[form]
+    dtype, layout, as_dict = MANNERS[manner]
     model = lived_in(model)
     exact = model(x.to(dtype).double())
     model, x = model.to(dtype), x.to(dtype)
@@ -75,10 +75,10 @@ def test_torch_row_7_a_linear_layer_does_not_take_in_a_norm_without_weight_or_bi
         fuse_linear_bn_eval(copy.deepcopy(LINEAR).eval(), nn.BatchNorm1d(6, **options).eval())
 
 
-@each_form
+@each_manner
 @pytest.mark.parametrize("options", [{"affine": False}, {"bias": False}], ids=str)
-def test_normkit_row_7_a_norm_without_weight_or_bias_is_folded(options, form):
-    assert_folds(nn.Sequential(copy.deepcopy(LINEAR), nn.BatchNorm1d(6, **options)), torch.randn(5, 4), form)
+def test_normkit_row_7_a_norm_without_weight_or_bias_is_folded(options, manner):
+    assert_folds(nn.Sequential(copy.deepcopy(LINEAR), nn.BatchNorm1d(6, **options)), torch.randn(5, 4), manner)
 
 
 # Row 8: transposed convolutions.
@@ -95,11 +95,11 @@ def test_torch_row_8_transposed_convolutions_are_wrong_in_silence_or_raise():
         fuse_conv_bn_eval(grouped, nn.BatchNorm2d(6).eval(), transpose=True)
 
 
-@each_form
+@each_manner
 @pytest.mark.parametrize("groups", [1, 2, 4])
-def test_normkit_row_8_transposed_convolutions_are_folded(groups, form):
+def test_normkit_row_8_transposed_convolutions_are_folded(groups, manner):
     layer = nn.ConvTranspose2d(4, 4, 3, groups=groups)
-    assert_folds(nn.Sequential(layer, nn.BatchNorm2d(4)), images(), form)
+    assert_folds(nn.Sequential(layer, nn.BatchNorm2d(4)), images(), manner)
 
 
 # Row 9: the order of the children is not the flow of the values.
@@ -148,11 +148,11 @@ def test_torch_row_9_fuse_is_wrong_in_silence(case):
     assert (fuse(model)(x) - model(x)).abs().max() > 0.1 * model(x).abs().max()
 
 
-@pytest.mark.parametrize("form", some(["float32", "bfloat16"], ["float32"]))
+@pytest.mark.parametrize("manner", some(["float32", "bfloat16"], ["float32"]))
 @pytest.mark.parametrize("case", WRONG_IN_SILENCE)
-def test_normkit_row_9_what_cannot_be_folded_is_refused_with_the_reason(case, form):
+def test_normkit_row_9_what_cannot_be_folded_is_refused_with_the_reason(case, manner):
     make, shape = WRONG_IN_SILENCE[case]
-    dtype = FORMS[form][0]
+    dtype = MANNERS[manner][0]
     model, x = lived_in(make()).to(dtype), torch.randn(shape).to(dtype)
     folded = nk.fold(model, x)
     assert torch.equal(folded(x), model(x))
@@ -215,11 +215,11 @@ def test_torchao_row_18_a_program_in_evaluation_has_the_default_eps():
     assert (program(x) - wanted).abs().max() > 0.1 * wanted.abs().max()
 
 
-@each_form
-def test_normkit_row_18_a_folded_model_is_exported_as_it_computes(form):
-    folded = assert_folds(unusual(), images(), form)
-    x = images(FORMS[form][0]).contiguous(memory_format=FORMS[form][1])
-    args, kwargs = ((), {"image": x}) if FORMS[form][2] else ((x,), {})
+@each_manner
+def test_normkit_row_18_a_folded_model_is_exported_as_it_computes(manner):
+    folded = assert_folds(unusual(), images(), manner)
+    x = images(MANNERS[manner][0]).contiguous(memory_format=MANNERS[manner][1])
+    args, kwargs = ((), {"image": x}) if MANNERS[manner][2] else ((x,), {})
     program = torch.export.export(folded, args, kwargs)
     assert not any("norm" in str(node.target) for node in program.graph.nodes if node.op == "call_function")
     torch.testing.assert_close(program.module()(*args, **kwargs), folded(*args, **kwargs))
