@@ -511,5 +511,6 @@ def synchronised(rank: int) -> None:
         nk.calibrate_(other, [torch.randn(4, 2)])
 
 
+@pytest.mark.slow
 def test_what_processes_have_measured_together_counts_once(tmp_path):
     spawn(2, tmp_path, synchronised)

@@ -574,7 +574,11 @@ class RepBN(nn.Module):
         return x.transpose(1, 2)
 
 
-@pytest.mark.parametrize("alpha", [nn.Parameter(torch.ones(1)), 0.3, nn.Parameter(torch.ones(4, 1))], ids=repr)
+@pytest.mark.parametrize(
+    "alpha",
+    [nn.Parameter(torch.ones(1)), 0.3, nn.Parameter(torch.ones(4, 1))],
+    ids=["one weight", "number", "weight per channel"],
+)
 def test_a_norm_with_a_skip_goes_into_the_linear_layer_behind(alpha):
     model = nn.Sequential(nn.Tanh(), RepBN(4, copy.deepcopy(alpha)), nn.Linear(4, 6))
     result = assert_all_gone(model, image(2, 5, 4))

@@ -64,7 +64,12 @@ def _input(shape=SHAPE, *, last=False, dtype=torch.float32):
 
 @pytest.mark.parametrize(
     ("activation", "residual"),
-    [(None, False), ("relu", True), ("silu", False), ("silu", True)],
+    [
+        (None, False),
+        ("relu", True),
+        pytest.param("silu", False, marks=pytest.mark.slow),
+        pytest.param("silu", True, marks=pytest.mark.slow),
+    ],
     ids=["plain", "residual and relu", "silu", "residual and silu"],
 )
 @pytest.mark.parametrize("name", LAYERS)
@@ -115,26 +120,26 @@ def test_one_graph_serves_batches_of_any_size():
     assert len(seen.operators) == 2  # forward and backward, once
 
 
-def test_a_compiler_gets_the_operators_in_training_where_they_are_faster_and_only_there(monkeypatch):
+def test_when_a_compiler_is_faster():
+    faster = native.compiler_is_faster
+    small, large = torch.empty(2**14), torch.empty(2**21)
+    assert not faster(small, "relu", batch_statistics=True)
+    assert faster(small[1:], "relu", batch_statistics=True)
+    assert faster(small, None, batch_statistics=True)
+    assert not faster(large, None, batch_statistics=True)
+    assert faster(large, "gelu", batch_statistics=True)
+    assert faster(large, "relu", batch_statistics=False)
+    with torch.no_grad():
+        assert faster(large, "relu", batch_statistics=True)
+
+
+@pytest.mark.parametrize("backend", [None, "torch"], ids=str)
+def test_a_compiler_gets_the_operators_where_they_are_faster_and_torchs_where_these_are_asked_for(backend, monkeypatch):
     monkeypatch.setattr(native, "COMPILED_RELU", 100)
-    monkeypatch.setattr(native, "COMPILED", 10_000)
-
-    def operators(layer, *, grad=True, n=4):
-        torch._dynamo.reset()  # else the ninth layer would be one recompilation too many
-        seen = Captured()
-        with torch.set_grad_enabled(grad):
-            torch.compile(layer, backend=seen, fullgraph=True)(_input((n, *SHAPE[1:])))
-        return bool(seen.operators)
-
-    relu = nk.BatchNorm2d(6, activation="relu")
-    assert operators(relu)
-    assert not operators(relu, grad=False)
-    assert not operators(relu.eval())
-    plain = nk.BatchNorm2d(6)
-    assert not operators(plain)
-    assert operators(plain, n=48)
-    assert not operators(nk.BatchNorm2d(6, activation="gelu"), n=48)
-    assert not operators(nk.BatchNorm2d(6, activation="relu", backend="torch"))
+    seen = Captured()
+    layer = nk.BatchNorm2d(6, activation="relu", backend=backend)
+    torch.compile(layer, backend=seen, fullgraph=True)(_input())
+    assert bool(seen.operators) == (backend is None)
 
 
 def test_a_batch_that_is_not_finite_stays_out_of_the_running_statistics_in_compiled_code_too():

@@ -347,6 +347,7 @@ def test_a_record_from_before_that_has_no_such_section(digits):
     assert "CPU ms per step" not in (digits / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_long_sweep_stays_small(tmp_path):
     rows = {value: {"none": Script([400]), "batch": Script([100])} for value in range(1, 16)}
     path = synthetic.sweep(tmp_path, "depth", rows)
