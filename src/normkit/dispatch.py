@@ -154,10 +154,10 @@ def normalize(
     name = backend or _active
     followed = residual is not None or activation is not None
     try:
-        quick = not followed and _recording is None and "save_output" not in details
-        if quick and (name == "torch" or (name == "auto" and _torch_at_once(spec, x, None, False, **details))):
+        direct = name == "torch" or (name == "auto" and _torch_at_once(spec, x, activation, followed, **details))
+        if direct and not followed and _recording is None and "save_output" not in details:
             return by_torch()  # nothing follows, nothing is to be decided: on a megabyte every further line would show
-        return _decided(name, spec, x, weight, bias, by_torch, residual, activation, **details)
+        return _decided(name, direct, spec, x, weight, bias, by_torch, residual, activation, **details)
     except (RuntimeError, ValueError, TypeError) as error:
         if type(error) not in (RuntimeError, ValueError, TypeError):
             raise  # out of memory and the like speak for themselves
@@ -166,6 +166,7 @@ def normalize(
 
 def _decided(
     name: str,
+    direct: bool,
     spec: Spec,
     x: Tensor,
     weight: Tensor | None,
@@ -175,12 +176,10 @@ def _decided(
     activation: epilogue.Activation,
     **details: Any,
 ) -> Tensor:
-    """Whichever backend has to, with what follows the norm."""
-    followed = residual is not None or activation is not None
+    """Whichever backend has to, with what follows the norm; ``direct``: torch, as far as that is settled."""
     save_output = details.get("save_output", False) and not torch.compiler.is_compiling()  # compilers choose themselves
-    direct = name == "torch" or (name == "auto" and _torch_at_once(spec, x, activation, followed, **details))
     if direct and not save_output and _recording is None:  # skip the bookkeeping, which small tensors would feel
-        fresh = followed and _is_fresh(spec) and "counted" not in details
+        fresh = _is_fresh(spec) and "counted" not in details
         return epilogue.apply(by_torch(), residual, activation, fresh=fresh)
     call = Call(spec, x, weight, bias, by_torch, residual=residual, activation=activation, **details)
     if _recording is not None and _recorder == threading.get_ident():
