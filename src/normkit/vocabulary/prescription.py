@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Safety = Literal["identical", "train_identical", "eval_identical", "retrain"]
 
@@ -28,10 +28,28 @@ class Prescription:
     safety: Safety = "identical"
     detail: str = ""
     """What exactly, where the action has parts."""
+    operation: str = ""
+    """The operation of :mod:`normkit.surgery` that carries it out, by name; empty: a person has to."""
+    options: tuple[tuple[str, Any], ...] = ()
+    """Its keyword arguments, as pairs: plain data."""
+    by_hand: str = ""
+    """Code for a person, where no operation does it."""
 
     def __post_init__(self) -> None:
         if self.safety not in MEANING:
             raise ValueError(f"safety {self.safety!r} is unknown.\n  choose from: {', '.join(MEANING)}")
+        if self.operation and self.by_hand:
+            raise ValueError(f"prescription {self.action!r}: by operation {self.operation!r} or by hand, not both")
+
+    @property
+    def code(self) -> str:
+        """What to type."""
+        if not self.operation:
+            return self.by_hand
+        words = [f"{name}={value!r}" for name, value in self.options]
+        if self.module:
+            words.append(f"filter_fn=lambda module, name: name == {self.module!r}")
+        return f"nk.{self.operation}({', '.join(['model', *words])})"
 
     @property
     def modes(self) -> tuple[bool, ...]:
