@@ -104,7 +104,8 @@ class Backend:
 
 def _run_torch(call: Call) -> Tensor:
     y = call.by_torch()
-    return epilogue.apply(y, call.residual, call.activation, fresh=_is_fresh(call.spec) and call.counted is None)
+    fresh = _is_fresh(call.spec, {}) and call.counted is None
+    return epilogue.apply(y, call.residual, call.activation, fresh=fresh)
 
 
 TORCH = Backend("torch", lambda call: [], _run_torch)
@@ -155,8 +156,9 @@ def normalize(
     followed = residual is not None or activation is not None
     try:
         direct = name == "torch" or (name == "auto" and _torch_at_once(spec, x, activation, followed, **details))
-        if direct and not followed and _recording is None and "save_output" not in details:
-            return by_torch()  # nothing follows, nothing is to be decided: on a megabyte every further line would show
+        if direct and _recording is None and "save_output" not in details:
+            y = by_torch()  # nothing is to be decided: on a megabyte every further line would show
+            return epilogue.apply(y, residual, activation, fresh=_is_fresh(spec, details)) if followed else y
         return _decided(name, direct, spec, x, weight, bias, by_torch, residual, activation, **details)
     except (RuntimeError, ValueError, TypeError) as error:
         if type(error) not in (RuntimeError, ValueError, TypeError):
@@ -179,8 +181,7 @@ def _decided(
     """Whichever backend has to, with what follows the norm; ``direct``: torch, as far as that is settled."""
     save_output = details.get("save_output", False) and not torch.compiler.is_compiling()  # compilers choose themselves
     if direct and not save_output and _recording is None:  # skip the bookkeeping, which small tensors would feel
-        fresh = _is_fresh(spec) and "counted" not in details
-        return epilogue.apply(by_torch(), residual, activation, fresh=fresh)
+        return epilogue.apply(by_torch(), residual, activation, fresh=_is_fresh(spec, details))
     call = Call(spec, x, weight, bias, by_torch, residual=residual, activation=activation, **details)
     if _recording is not None and _recorder == threading.get_ident():
         _recording.append(call)
@@ -227,12 +228,12 @@ def may_be_read(number: Tensor) -> bool:
     return number.is_cpu and not halves.watched()
 
 
-def _is_fresh(spec: Spec) -> bool:
+def _is_fresh(spec: Spec, details: dict[str, Any]) -> bool:
     """Whether what torch's operator gave may be written over.
 
     No backward pass of a norm that pools needs its output. A transform or a compiler wants to see plain operators.
     """
-    return spec.over is not None and not halves.watched()
+    return spec.over is not None and "counted" not in details and not halves.watched()
 
 
 def _torch_at_once(
