@@ -108,6 +108,14 @@ class RunningHand(Hand):
         return self.mean[channel], self.var[channel]
 
 
+class TaperHand(Hand):
+    def normalised(self, x: Tensor, keep: Tensor, statistics: Callable[..., Any]) -> Tensor:
+        if statistics == self.in_evaluation:
+            return super().normalised(x, keep, statistics)
+        by_batch, by_running = (super(TaperHand, self).normalised(x, keep, s) for s in (statistics, self.in_evaluation))
+        return self.policy.gate * by_batch + (1 - self.policy.gate) * by_running
+
+
 class RenormHand(Hand):
     def statistics(self, x: Tensor, keep: Tensor, sample: int, channel: int) -> tuple[Tensor, ...]:
         warmup = self.policy.warmup
@@ -293,6 +301,7 @@ KNOWN = (
     Setting(S.Renorm(r_max=3.0, d_max=5.0, warmup=1), RenormHand, stops=True),
     Setting(S.Running(), RunningHand),
     Setting(S.Synchronized(required=False)),
+    Setting(S.Taper(0.3), TaperHand),
     Setting(S.Virtual(), VirtualHand, plain=False),
 )
 MENU = [

@@ -450,7 +450,7 @@ def test_explain_moves_nothing_and_asking_for_the_kernels_runs_them_or_says_why_
     other = copy.deepcopy(layer)
     with nk.backend("torch"):
         wanted = setting(other, x)
-    by_operators = isinstance(setting.policy, S.L1 | S.Range | S.Virtual) or loading.module is None
+    by_operators = isinstance(setting.policy, S.L1 | S.Range | S.Taper | S.Virtual) or loading.module is None
     expected = pytest.raises(RuntimeError, match='backend="native" was asked for')
     with expected if by_operators else contextlib.nullcontext(), nk.backend("native"):
         assert_close({"y": setting(layer, x)}, {"y": wanted}, 1e-5)

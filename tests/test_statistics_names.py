@@ -30,7 +30,7 @@ def test_a_name_is_the_policy_wherever_it_is_typed(text, policy):
 
 def test_every_policy_of_the_menu_has_a_name():
     names = {"batch", "blend", "ghost", "l1", "moving_average", "per_domain", "per_step", "range", "renorm", "running"}
-    assert set(naming.policies()) == names | {"synchronized", "virtual"}
+    assert set(naming.policies()) == names | {"synchronized", "taper", "virtual"}
 
 
 @pytest.mark.parametrize(

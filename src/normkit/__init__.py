@@ -55,6 +55,7 @@ if _TYPE_CHECKING:
     from normkit import blocks, lab
     from normkit.blocks import ScaledWSConv2d, WSConv1d, WSConv2d, WSConv3d
     from normkit.clipping import clip_adaptively_before_steps, clip_grad_adaptive_
+    from normkit.diagnosis import Diagnosis, diagnose
     from normkit.surgery import (
         accelerate_,
         calibrate_,
@@ -64,6 +65,7 @@ if _TYPE_CHECKING:
         merge_statistics_,
         param_groups,
         plan,
+        set_statistics_,
         sync_,
         unfreeze_,
         unsync_,
@@ -78,6 +80,7 @@ __all__ = [
     "BatchNorm3d",
     "Certificate",
     "Derf",
+    "Diagnosis",
     "DyT",
     "EvoNormB0",
     "EvoNormS0",
@@ -118,6 +121,7 @@ __all__ = [
     "clip_grad_adaptive_",
     "convert_",
     "create",
+    "diagnose",
     "domain",
     "explain",
     "factory",
@@ -132,6 +136,7 @@ __all__ = [
     "plain_state_dict",
     "plan",
     "reference_batch",
+    "set_statistics_",
     "statistics",
     "statistics_frozen",
     "sync_",
@@ -151,6 +156,8 @@ _LATER = {
     "WSConv3d": "normkit.blocks",
     "clip_adaptively_before_steps": "normkit.clipping",
     "clip_grad_adaptive_": "normkit.clipping",
+    "Diagnosis": "normkit.diagnosis",
+    "diagnose": "normkit.diagnosis",
     "lab": "normkit.lab",  # experiments need the extra packages of normkit[lab]
     "accelerate_": "normkit.surgery",
     "calibrate_": "normkit.surgery",
@@ -160,6 +167,7 @@ _LATER = {
     "merge_statistics_": "normkit.surgery",
     "param_groups": "normkit.surgery",
     "plan": "normkit.surgery",
+    "set_statistics_": "normkit.surgery",
     "sync_": "normkit.surgery",
     "unfreeze_": "normkit.surgery",
     "unsync_": "normkit.surgery",

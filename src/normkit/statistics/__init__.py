@@ -14,6 +14,7 @@ from normkit.statistics.renorm import Renorm
 from normkit.statistics.running import Running
 from normkit.statistics.same_calls import same_calls
 from normkit.statistics.synchronized import Synchronized
+from normkit.statistics.taper import Taper
 from normkit.statistics.virtual import Virtual
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Renorm",
     "Running",
     "Synchronized",
+    "Taper",
     "Virtual",
     "bind",
     "named",

@@ -8,6 +8,7 @@ from normkit.surgery.freeze import freeze_, unfreeze_
 from normkit.surgery.merge import merge_statistics_
 from normkit.surgery.operate import Plan, Step, operate, plan
 from normkit.surgery.param_groups import param_groups
+from normkit.surgery.set_statistics import set_statistics_
 from normkit.surgery.synchronize import sync_, unsync_
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "operate",
     "param_groups",
     "plan",
+    "set_statistics_",
     "sync_",
     "unfreeze_",
     "unsync_",

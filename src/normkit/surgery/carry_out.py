@@ -12,7 +12,17 @@ from normkit import surgery
 from normkit.vocabulary.certificate import Certificate
 from normkit.vocabulary.prescription import Prescription
 
-OPERATIONS = ("accelerate_", "calibrate_", "convert_", "freeze_", "merge_statistics_", "sync_", "unfreeze_", "unsync_")
+OPERATIONS = (
+    "accelerate_",
+    "calibrate_",
+    "convert_",
+    "freeze_",
+    "merge_statistics_",
+    "set_statistics_",
+    "sync_",
+    "unfreeze_",
+    "unsync_",
+)
 
 
 def carry_out(
@@ -46,6 +56,14 @@ def carry_out(
                 certificate.undo()
         raise
     return tuple(certificates)
+
+
+def lacks(prescription: Prescription, given: Mapping[str, Any]) -> list[str]:
+    """What the operation cannot do without and nobody has given: ``calibrate_`` its loader."""
+    takes = list(inspect.signature(getattr(surgery, prescription.operation)).parameters.values())[1:]
+    wanted = [p.name for p in takes if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+    have = {name for name, value in given.items() if value is not None} | dict(prescription.options).keys()
+    return [name for name in wanted if name not in have]
 
 
 def _grouped(prescriptions: Iterable[Prescription]) -> dict[tuple[str, tuple[tuple[str, Any], ...]], set[str]]:
