@@ -104,7 +104,7 @@ def restored(model: nn.Module) -> Iterator[None]:
     copied = lambda buffer: None if buffer is None or is_lazy(buffer) else buffer.detach().clone()
     buffers = [{name: (held, copied(held)) for name, held in module._buffers.items()} for module in modules]
     try:
-        with _random_numbers_restored():
+        with random_numbers_restored():
             yield
     finally:
         for module, training, kept in zip(modules, modes, buffers, strict=True):
@@ -117,7 +117,7 @@ def restored(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _random_numbers_restored() -> Iterator[None]:
+def random_numbers_restored() -> Iterator[None]:
     """torch's, Python's and NumPy's: a model that draws any of them draws the same ones in its next run."""
     numpy: Any = sys.modules.get("numpy.random")
     before = random.getstate(), None if numpy is None else numpy.get_state()
