@@ -1,0 +1,58 @@
+"""judge: every rule is asked about the evidence, or it is said why not."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Collection, Iterable, Mapping
+
+from normkit.rules.rule import Rule
+from normkit.vocabulary.evidence import Evidence
+from normkit.vocabulary.finding import Finding, worst_first
+
+
+def judge(
+    rules: Iterable[Rule], evidence: Evidence, lacking: Mapping[str, str]
+) -> tuple[tuple[Finding, ...], dict[str, str]]:
+    """Findings, worst first, and the rules that were not asked, with the reason.
+
+    Args:
+        rules: in the order in which equals are told.
+        evidence: all that was read.
+        lacking: quantities that nobody has tried to measure, each with what that takes. A rule that needs none of them
+            is asked, also where nothing of the kind is in the model: it then has nothing to say.
+    """
+    findings: list[Finding] = []
+    not_asked: dict[str, str] = {}
+    for rule in rules:
+        absent = [need for need in sorted(rule.needs) if need in lacking and need not in evidence]
+        if absent:
+            not_asked[rule.name] = f"{absent[0]} was not measured; it takes {lacking[absent[0]]}"
+        else:
+            findings += rule.find(evidence)
+    return worst_first(findings), not_asked
+
+
+def chosen(
+    rules: Iterable[Rule], select: Collection[str] | str | None, ignore: Collection[str] | str | None
+) -> list[Rule]:
+    """The rules of that name, or whose name fits a pattern (``statistics_*``).
+
+    Raises:
+        ValueError: a name or pattern that fits no rule; the message names the nearest.
+    """
+    everything = {rule.name: rule for rule in rules}
+    wanted = _fitting(everything, select) if select else set(everything)
+    return [rule for name, rule in everything.items() if name in wanted - _fitting(everything, ignore)]
+
+
+def _fitting(rules: Mapping[str, Rule], words: Collection[str] | str | None) -> set[str]:
+    found: set[str] = set()
+    for word in [words] if isinstance(words, str) else words or ():
+        fitting = fnmatch.filter(rules, word)
+        if not fitting:
+            near = difflib.get_close_matches(word, rules, n=1, cutoff=0.4)
+            suggestion = f"  did you mean {near[0]!r}?\n" if near else ""
+            raise ValueError(f"there is no rule {word!r}.\n{suggestion}  choose from: {', '.join(rules)}")
+        found |= set(fitting)
+    return found
