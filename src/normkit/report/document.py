@@ -62,6 +62,16 @@ class Folded:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Blocks under a heading of their own within a section; ``kind`` is a colour of the document, "" for none."""
+
+    title: str
+    blocks: list[Block]
+    kind: str = ""
+    anchor: str = ""
+
+
+@dataclass(frozen=True)
 class Legend:
     """The arms and their colours, once per group of figures: (name, words)."""
 
@@ -88,4 +98,4 @@ class Document:
     footer: str = ""
 
 
-Block = Text | Items | Table | Figure | Code | Folded | Legend
+Block = Text | Items | Table | Figure | Code | Folded | Part | Legend

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from html import escape
 from importlib.resources import files
 
-from normkit.report.document import Block, Code, Document, Figure, Folded, Items, Legend, Section, Table, Text
+from normkit.report.document import Block, Code, Document, Figure, Folded, Items, Legend, Part, Section, Table, Text
 
 EFFECT = re.compile(r"((?:more than )?(?:[\d.]+× to )?[\d.]+× (?:fewer steps|more steps|less time|more time))")
 INTERVAL = re.compile(r"(\[[−+\d.]+, [−+\d.∞]+\]|\(one seed\)|\((?:≥ )?[\d.]+ decades\))")
@@ -69,6 +69,9 @@ def _block(block: Block, colours: dict[str, int]) -> str:
         case Folded(title, blocks):
             body = _blocks(blocks, colours)
             return f'<details class="block"><summary>{escape(title)}</summary>\n{body}</details>'
+        case Part(title, blocks, kind, anchor):
+            body, address = _blocks(blocks, colours), f' id="{escape(anchor)}"' if anchor else ""
+            return f'<article class="part"{address}><h3>{_chip(colours, kind)}{escape(title)}</h3>\n{body}\n</article>'
         case Legend(arms):
             entries = (f"<li>{_chip(colours, name)}{escape(words)}</li>" for name, words in arms)
             return f'<ul class="legend">{"".join(entries)}</ul>'

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from normkit.report.document import Block, Code, Document, Figure, Folded, Items, Legend, Table, Text
+from normkit.report.document import Block, Code, Document, Figure, Folded, Items, Legend, Part, Table, Text
 
 
 def render(document: Document) -> str:
@@ -32,7 +32,7 @@ def _block(block: Block, level: int) -> str:
         case Code(text):
             fence = "```" if "```" not in text else "~~~~"
             return f"{fence}\n{text}\n{fence}"
-        case Folded(title, blocks):
+        case Folded(title, blocks) | Part(title, blocks):
             return f"{'#' * level} {_plain(title)}\n\n{_blocks(blocks, level + 1)}"
         case Figure():
             figure = f"*Figure.* {_plain(block.alternative)}"

@@ -41,6 +41,7 @@ STYLE: dict[Any, Any] = {
     "xtick.labelsize": 11.5,
     "ytick.labelsize": 11.5,
     "axes.unicode_minus": True,
+    "text.parse_math": False,  # a name may have dollars in it
     "figure.facecolor": "none",
     "axes.facecolor": "none",
     "text.color": INK,

@@ -1,0 +1,90 @@
+"""A finding as a part of the page: the claim, the number against its threshold, where, what to do, how to check."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from normkit.report.document import Block, Code, Part, Text
+from normkit.report.labels import listing
+from normkit.vocabulary.evidence import Evidence
+
+SEVERITIES = {"error": "error", "warning": "warning", "note": "note"}
+SAFETY = {
+    "identical": "computes the same in training and in evaluation",
+    "train_identical": "computes the same in training; evaluation changes",
+    "eval_identical": "computes the same in evaluation; training changes",
+    "retrain": "computes something else: train after it, and compare",
+}
+NAMED = 6
+"""Modules that a finding lists; the rest is counted."""
+
+
+def value(number: Any) -> str:
+    """A measured value as text, whatever it is."""
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        return str(number)
+    if not math.isfinite(number):
+        return "NaN" if math.isnan(number) else ("∞" if number > 0 else "−∞")
+    return f"{number:.4g}".replace("-", "−")
+
+
+def parts(findings: list[dict[str, Any]], evidence: Evidence) -> list[Block]:
+    """One part per finding, in the order given, which is worst first."""
+    return [_part(index, finding, evidence) for index, finding in enumerate(findings)]
+
+
+def _part(index: int, finding: dict[str, Any], evidence: Evidence) -> Part:
+    blocks: list[Block] = [Text(f"{finding['severity']}: {finding['rule']}{_where(finding)}", "note")]
+    blocks += [Text(told) for told in (_measured(finding),) if told]
+    blocks += _sparkline(index, finding, evidence)
+    for prescription in finding.get("prescriptions", ()):
+        blocks += _prescription(prescription)
+    if finding.get("check"):
+        blocks += [Text("To check it:", "note"), Code(finding["check"])]
+    return Part(finding["claim"], blocks, finding["severity"], f"finding-{index}")
+
+
+def _where(finding: dict[str, Any]) -> str:
+    modules = [module or "the model" for module in finding.get("modules", ())]
+    more = f" and {len(modules) - NAMED} more" if len(modules) > NAMED else ""
+    places = f", in {', '.join(modules[:NAMED])}{more}" if modules else ""
+    return places + ("" if finding.get("step") is None else f", at step {finding['step']}")
+
+
+def _measured(finding: dict[str, Any]) -> str:
+    if finding.get("measured") is None:
+        return ""
+    told = f"Measured: {finding.get('quantity') or 'value'} {value(finding['measured'])}"
+    if finding.get("threshold") is not None:
+        told += f"; threshold {value(finding['threshold'])}"
+    return told + (f" ({finding['source']})." if finding.get("source") else ".")
+
+
+def _prescription(prescription: dict[str, Any]) -> list[Block]:
+    action = prescription["action"] + (f": {prescription['detail']}" if prescription.get("detail") else "")
+    code = prescription.get("code") or prescription.get("by_hand")
+    safety = SAFETY.get(prescription.get("safety", ""), "")
+    told = f"What to do: {action}. {prescription.get('reason', '')}".strip()
+    return [Text(f"{told} It {safety}." if safety else told), *([Code(code)] if code else [])]
+
+
+def _sparkline(index: int, finding: dict[str, Any], evidence: Evidence) -> list[Block]:
+    """The quantity over the run where the finding lies first; nothing for fewer than three samples."""
+    from normkit.report.figures import drawn
+
+    for module in finding.get("modules") or ("",):
+        points = numbers(evidence, finding.get("quantity", ""), module)
+        if len([v for _, v in points if math.isfinite(v)]) >= 3:
+            threshold = finding.get("threshold")
+            line = float(threshold) if isinstance(threshold, (int, float)) else None
+            title = listing([w for w in (finding["quantity"].replace("_", " "), f"of {module}" if module else "") if w])
+            title = title.replace(" and of ", " of ")
+            return drawn(lambda plots, t=title, p=points, at=line: plots.sparkline(p, t, f"finding-{index}-line", at))
+    return []
+
+
+def numbers(evidence: Evidence, quantity: str, module: str) -> list[tuple[int, float]]:
+    """(step, value) of every numeric reading that has a step."""
+    readings = evidence.series(quantity, module)
+    return [(r.step, float(r.value)) for r in readings if r.step is not None and isinstance(r.value, (int, float))]
