@@ -53,7 +53,7 @@ from normkit.vocabulary.spec import Spec
 
 if _TYPE_CHECKING:
     from normkit import blocks, lab
-    from normkit.blocks import ScaledWSConv2d, WSConv1d, WSConv2d, WSConv3d
+    from normkit.blocks import GRU, LSTM, RNN, ScaledWSConv2d, WSConv1d, WSConv2d, WSConv3d
     from normkit.clipping import clip_adaptively_before_steps, clip_grad_adaptive_
     from normkit.diagnosis import Diagnosis, diagnose
     from normkit.surgery import (
@@ -74,7 +74,7 @@ if _TYPE_CHECKING:
 
 __version__ = "0.1.0.dev0"
 
-__all__ = [
+__all__ = [  # noqa: RUF022 (plainly sorted, capitals or not)
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
@@ -86,12 +86,14 @@ __all__ = [
     "EvoNormS0",
     "Explanation",
     "FilterResponseNorm",
+    "GRU",
     "GlobalResponseNorm",
     "GroupNorm",
     "Identity",
     "InstanceNorm1d",
     "InstanceNorm2d",
     "InstanceNorm3d",
+    "LSTM",
     "LayerNorm",
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
@@ -102,6 +104,7 @@ __all__ = [
     "Moments",
     "PowerNorm",
     "RMSNorm",
+    "RNN",
     "ScaledWSConv2d",
     "Spec",
     "SwitchableNorm",
@@ -150,6 +153,9 @@ del _torch
 
 _LATER = {
     "blocks": "normkit.blocks",
+    "GRU": "normkit.blocks",
+    "LSTM": "normkit.blocks",
+    "RNN": "normkit.blocks",
     "ScaledWSConv2d": "normkit.blocks",
     "WSConv1d": "normkit.blocks",
     "WSConv2d": "normkit.blocks",

@@ -2,6 +2,7 @@
 
 from normkit.blocks.fixup import FixupResidual, fixup_
 from normkit.blocks.gain import activation_gain
+from normkit.blocks.recurrent import GRU, LSTM, RNN
 from normkit.blocks.residual import LayerScale, NormalizerFreeResidual, ReZero, Scale, SkipInit, expected_deviations
 from normkit.blocks.weight_standardized import (
     ScaledWSConv1d,
@@ -14,6 +15,9 @@ from normkit.blocks.weight_standardized import (
 )
 
 __all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
     "FixupResidual",
     "LayerScale",
     "NormalizerFreeResidual",
