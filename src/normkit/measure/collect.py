@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn, optim
 
-from normkit.measure import activations, evaluations, gradients, statistics
+from normkit.measure import activations, evaluations, gradients, statistics, updates
+from normkit.measure.feeding import Feeding
 from normkit.measure.observer import Observer, Seen
 from normkit.measure.quantities import QUANTITIES
+from normkit.measure.running import Call, Loss, Run, runner
+from normkit.measure.sites import carried_out
 from normkit.measure.untouched import copied, in_mode, original, untouched
-from normkit.norm import Norm
-from normkit.surgery import batches
-from normkit.vocabulary.quantity import Stage
 from normkit.vocabulary.reading import Reading
 
 OBSERVERS: tuple[Observer, ...] = (statistics.OBSERVER, activations.OBSERVER)
@@ -39,16 +40,19 @@ class Collection:
         self.model, self.quantities = model, frozenset(quantities)
         self._found: dict[tuple[str, str], Tensor] = {}
         self._handles: list[Any] = []
+        self._feeding = Feeding()
 
     def __enter__(self) -> Collection:
-        carried_out = {id(module.activation) for module in self.model.modules() if isinstance(module, Norm)}
+        inside = carried_out(self.model)
         for name, module in self.model.named_modules():
-            if id(module) in carried_out:  # its values are those of the norm, and a hook would part it from the kernel
+            if id(module) in inside:
                 continue
             for observer in OBSERVERS:
                 wanted = self.quantities & {quantity.name for quantity in observer.quantities}
                 if wanted and observer.listens_to(module):
                     self._handles.append(self._listen(observer, name, module, wanted))
+            if "effective_learning_rate" in self.quantities:
+                self._handles += self._feeding.listen(name, module)
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -57,15 +61,15 @@ class Collection:
         self._handles.clear()
 
     def _listen(self, observer: Observer, name: str, module: nn.Module, wanted: frozenset[str]) -> Any:
-        def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            self._note(observer, name, Seen(module, args, kwargs), wanted)
+        memory: dict[str, Any] = {}
+        calls = itertools.count(1)
 
-        def after(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-            self._note(observer, name, Seen(module, args, kwargs, output), wanted)
+        def note(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any = None) -> None:
+            self._note(observer, name, Seen(module, args, kwargs, output, next(calls), memory), wanted)
 
         if observer.before:
-            return module.register_forward_pre_hook(before, with_kwargs=True)
-        return module.register_forward_hook(after, with_kwargs=True)
+            return module.register_forward_pre_hook(note, with_kwargs=True)
+        return module.register_forward_hook(note, with_kwargs=True)
 
     @torch.no_grad()
     def _note(self, observer: Observer, name: str, seen: Seen, wanted: frozenset[str]) -> None:
@@ -73,6 +77,11 @@ class Collection:
         with torch.autocast(device, enabled=False):
             found = observer.read(seen, wanted)
         self._found.update({(quantity, name): value for quantity, value in found.items()})
+
+    @property
+    def scale_free(self) -> dict[str, str]:
+        """By name of a weight whose scale did not matter in what was seen, the norm right behind it."""
+        return self._feeding.scale_free
 
     def pending(self) -> Pending:
         """What was seen so far, in the order of the first calls."""
@@ -98,10 +107,10 @@ def measure(
     model: nn.Module,
     batch: Any = None,
     *,
-    loss_fn: Callable[[Any, Any], Tensor] | None = None,
+    loss_fn: Loss | None = None,
     optimizer: optim.Optimizer | None = None,
     quantities: Iterable[str] | None = None,
-    call: batches.Call | None = None,
+    call: Call | None = None,
 ) -> list[Reading]:
     """What normalization does inside a model, in numbers, and the model is left bit for bit as it was.
 
@@ -135,63 +144,54 @@ def measure(
     [('1', 32.0, 'values')]
     """
     model = original(model)
-    wanted = wanted_of(quantities, batch is not None, loss_fn is not None)
+    wanted = wanted_of(quantities, batch=batch is not None, loss=loss_fn is not None, optimizer=optimizer is not None)
     pending: Pending = list(statistics.read_off(model, wanted))
     if batch is not None:
-        run = _runner(loss_fn, call or batches.call)
-        pending += _forward(model, batch, run, wanted)
+        run = runner(loss_fn, call)
+        pending += _training(model, batch, run, wanted, optimizer)
         pending += evaluations.read(model, batch, run, wanted)
     return packed(pending)
 
 
-def wanted_of(quantities: Iterable[str] | None, batch: bool, loss: bool) -> frozenset[str]:
+def wanted_of(quantities: Iterable[str] | None, *, batch: bool, loss: bool, optimizer: bool) -> frozenset[str]:
     """The names that are asked for.
 
     Raises:
         ValueError: one is unknown, or needs what is not there.
     """
-    stages: set[Stage] = {"model"} | ({"batch"} if batch else set()) | ({"gradients"} if batch and loss else set())
+    there = {"model": True, "batch": batch, "gradients": batch and loss, "run": False, "probe": False}
+    allowed = {name for name, quantity in QUANTITIES.items() if there[quantity.stage]}
+    allowed -= OF_OPTIMIZER if not optimizer else set()
     if quantities is None:
-        return frozenset(name for name, quantity in QUANTITIES.items() if quantity.stage in stages)
-    wanted = frozenset(quantities)
-    for name in sorted(wanted):
+        return frozenset(allowed)
+    wanted = frozenset([quantities] if isinstance(quantities, str) else quantities)
+    for name in sorted(wanted - allowed):
         if name not in QUANTITIES:
             near = difflib.get_close_matches(name, QUANTITIES, n=1, cutoff=0.5)
             suggestion = f"  did you mean {near[0]!r}?\n" if near else ""
             raise ValueError(
                 f"there is no quantity named {name!r}.\n{suggestion}  choose from: {', '.join(sorted(QUANTITIES))}"
             )
-        if (stage := QUANTITIES[name].stage) not in stages:
-            raise ValueError(f"measure: {name} needs {_NEEDS[stage]}")
+        stage = QUANTITIES[name].stage
+        raise ValueError(f"measure: {name} needs {_TAKES['optimizer' if there[stage] else stage]}")
     return wanted
 
 
-_NEEDS = {
+OF_OPTIMIZER = {"effective_learning_rate"}
+_TAKES = {
     "batch": "a forward pass.\n  give batch=",
     "gradients": "a backward pass.\n  give batch= and loss_fn=",
+    "optimizer": "learning rates.\n  give optimizer=",
     "run": "a run that is watched.\n  use normkit.watch",
-    "probe": "passes of its own.\n  call the function of that name in normkit.measure",
+    "probe": "passes of its own.\n  call the function of normkit.measure that returns it",
 }
 
 
-def target_of(batch: Any) -> Any:
-    """What the loss is given beside the output."""
-    if isinstance(batch, tuple | list):
-        return batch[1] if len(batch) == 2 else tuple(batch[1:])
-    return batch
-
-
-def _runner(loss_fn: Callable[[Any, Any], Tensor] | None, call: batches.Call) -> evaluations.Run:
-    def run(model: nn.Module, batch: Any) -> tuple[Any, Tensor | None]:
-        output = call(model, batch)
-        return output, None if loss_fn is None else loss_fn(output, target_of(batch))
-
-    return run
-
-
-def _forward(model: nn.Module, batch: Any, run: evaluations.Run, wanted: frozenset[str]) -> Pending:
+def _training(
+    model: nn.Module, batch: Any, run: Run, wanted: frozenset[str], optimizer: optim.Optimizer | None
+) -> Pending:
     """One pass in training, with its gradients where they are wanted."""
-    backward = any(QUANTITIES[name].stage == "gradients" for name in wanted)
+    backward = any(quantity.name in wanted for quantity in gradients.QUANTITIES)
     with contextlib.ExitStack() as stack:
         stack.enter_context(untouched(model))
         stack.enter_context(in_mode(model, None))
@@ -199,9 +199,8 @@ def _forward(model: nn.Module, batch: Any, run: evaluations.Run, wanted: frozens
         collection = stack.enter_context(Collection(model, wanted))
         _, loss = run(model, copied(batch))
         pending = collection.pending()
+        if optimizer is not None:
+            pending += updates.effective(model, updates.learning_rates(model, optimizer), collection.scale_free)
         if backward and loss is not None:
-            named = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-            taken = torch.autograd.grad(loss, list(named.values()), allow_unused=True) if named else ()
-            pairs = {name: (weight, grad) for (name, weight), grad in zip(named.items(), taken, strict=True)}
-            pending += list(gradients.read(pairs, wanted))
+            pending += gradients.read(gradients.of_loss(model, loss), wanted)
     return pending

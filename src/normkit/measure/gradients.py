@@ -52,6 +52,15 @@ def of_step(model: nn.Module) -> dict[str, tuple[Tensor, Tensor | None]]:
     return {name: (weight, weight.grad) for name, weight in model.named_parameters()}
 
 
+def of_loss(model: nn.Module, loss: Tensor) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """The gradients of a loss; ``.grad`` stays as it is."""
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    if not trained or not loss.requires_grad:
+        return {}
+    taken = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+    return {name: (weight, grad) for (name, weight), grad in zip(trained.items(), taken, strict=True)}
+
+
 def read(pairs: Pairs, wanted: frozenset[str]) -> Iterator[tuple[str, str, Tensor]]:
     """What these gradients say, by parameter and for the model."""
     norms: list[Tensor] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,11 +22,16 @@ class Seen:
     args: tuple
     kwargs: Mapping[str, Any]
     output: Any = None
+    number: int = 1
+    """Which call of this module it is."""
+    memory: dict[str, Any] = field(default_factory=dict)
+    """What the observer has kept of the module's earlier calls."""
 
     @property
     def input(self) -> Tensor | None:
-        """The first tensor that the module is given."""
-        return next((value for value in (*self.args, *self.kwargs.values()) if isinstance(value, Tensor)), None)
+        """The first tensor that the module is given; by name, that which torch's layers call ``input``."""
+        values = (*self.args, self.kwargs.get("input"), *self.kwargs.values())
+        return next((value for value in values if isinstance(value, Tensor)), None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from normkit.measure import activations, evaluations, gradients, statistics
+from normkit.measure import activations, evaluations, gradients, statistics, structure, theory_quantities, updates
 from normkit.vocabulary.quantity import Quantity
 
 QUANTITIES: dict[str, Quantity] = {
     quantity.name: quantity
-    for family in (activations, statistics, evaluations, gradients)
+    for family in (structure, statistics, activations, evaluations, gradients, updates, theory_quantities)
     for quantity in family.QUANTITIES
 }

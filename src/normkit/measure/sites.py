@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from normkit.layout import Layout, solve
+from normkit.layout import roles, solve
+from normkit.moments import Moments
 from normkit.norm import Norm
+from normkit.statistics.masking import as_mask
 
 BATCH, INSTANCE, GROUP, LAYER = "[n] c [s...]", "n c [s...]", "n (g [c]) [s...]", "n... [c...]"
 _RMS_BY_NAME = re.compile(r"RMS_?Norm", re.IGNORECASE)
@@ -19,6 +23,28 @@ _ACTIVATIONS = (
     nn.Sigmoid, nn.Tanh, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish,
     nn.Softplus, nn.Softsign, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.PReLU, nn.RReLU,
 )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Laid:
+    """An input of a norm with its axes as the pattern names them."""
+
+    x: Tensor
+    pooled: tuple[int, ...]
+    keep: Tensor | None = None
+    """Of bool and of the shape of ``x``: what counts; ``None``: everything."""
+
+    @property
+    def count(self) -> Tensor:
+        """How many values share a mean; of no axes, or like the mean."""
+        if self.keep is not None:
+            return self.keep.sum(self.pooled)
+        return torch.tensor(prod(self.x.shape[axis] for axis in self.pooled))
+
+    def mean_and_variance(self) -> tuple[Tensor, Tensor]:
+        """Of each unit; the variance is the biased one."""
+        moments = Moments.measure(self.x, self.pooled, self.keep)
+        return moments.mean, moments.var()
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,18 +65,26 @@ class Site:
         """Whether samples share statistics."""
         return self.pattern == BATCH
 
-    def lay(self, x: Tensor) -> tuple[Tensor, Layout]:
-        """The input with its axes as the pattern has them, and the pattern laid over it.
-
-        Raises:
-            ValueError: the pattern does not fit the input.
-        """
-        if self.channels_first or (self.channels_first is None and not self._ends_as_expected(x)):
-            x = x.movedim(1, -1)
-        if self.pattern in (INSTANCE, GROUP) and x.dim() < 3 and self.pattern == INSTANCE:
+    def lay(self, x: Tensor, given: Mapping[str, Any]) -> Laid | None:
+        """The pattern laid over an input; ``None``: it does not fit. ``given``: the keyword arguments of the call."""
+        keep = self._mask(x, given)
+        if self.pattern == INSTANCE and x.dim() < 3:
             x = x.unsqueeze(0)
-        layout = solve(self.pattern, tuple(x.shape), groups=self.groups, trailing=len(self.trailing) or 1)
-        return x.reshape(layout.view), layout
+        if self.channels_first or (self.channels_first is None and not self._ends_as_expected(x)):
+            x, keep = x.movedim(1, -1), None if keep is None else keep.movedim(1, -1)
+        try:
+            layout = solve(self.pattern, tuple(x.shape), groups=self.groups, trailing=len(self.trailing) or 1)
+        except ValueError:
+            return None
+        return Laid(x.reshape(layout.view), layout.pooled, None if keep is None else keep.reshape(layout.view))
+
+    def _mask(self, x: Tensor, given: Mapping[str, Any]) -> Tensor | None:
+        mask, lengths = given.get("mask"), given.get("lengths")
+        if mask is None and lengths is None:
+            return None
+        axes = roles(self.pattern, x.dim(), len(self.trailing) or 1)[2]
+        keep = as_mask(x, mask, lengths, axes=axes, what=self.pattern)
+        return None if keep is None else keep.expand_as(x)
 
     def _ends_as_expected(self, x: Tensor) -> bool:
         return tuple(x.shape[-len(self.trailing) :]) == self.trailing
@@ -105,6 +139,11 @@ def activation_of(module: nn.Module) -> nn.Module | None:
     if isinstance(module, Norm):
         return module.activation
     return module if is_activation(module) else None
+
+
+def carried_out(model: nn.Module) -> set[int]:
+    """The ids of activations that norms carry out: their values are the norm's, and a hook would part the kernel."""
+    return {id(module.activation) for module in model.modules() if isinstance(module, Norm)}
 
 
 def machine_eps(x: Tensor) -> float:

@@ -6,12 +6,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from normkit.measure.observer import Numbers, Observer, Seen
-from normkit.measure.sites import INSTANCE, Site, machine_eps, norm_site, wide
+from normkit.measure.sites import INSTANCE, Laid, Site, machine_eps, norm_site, wide
+from normkit.statistics.ghost import Ghost, Parts
+from normkit.statistics.synchronized import Synchronized
 from normkit.vocabulary.quantity import Quantity
 
+_LUO = "Luo et al. 2018, arXiv:1809.00846"
 MODEL = (
     Quantity("running_nonfinite", "model", "values", "NaN or infinite values in running_mean and running_var"),
     Quantity("scale_zero_share", "model", "share", "weights of the norm with |weight| < 1e-3 / weights"),
@@ -19,27 +23,49 @@ MODEL = (
     Quantity("scale_greatest", "model", "", "max |weight|"),
 )
 BATCH = (
-    Quantity("values_per_channel", "batch", "values", "how many values share one mean and one variance in this batch"),
+    Quantity(
+        "values_per_channel",
+        "batch",
+        "values",
+        "how many values share one mean and one variance in this batch: of the least part, where it is cut into ghost "
+        "batches; of all processes, where they are synchronized",
+    ),
     Quantity(
         "batch_noise",
         "batch",
         "deviations",
-        "standard error of the batch mean: std over samples of each sample's mean / sqrt(n) / std, rms over channels",
-        "Luo et al. 2018, arXiv:1809.00846",
+        "standard error of the batch mean: deviation over the n samples of each sample's mean / sqrt(n), in deviations "
+        "of the channel; rms over channels",
+        _LUO,
     ),
     Quantity(
         "variance_noise",
         "batch",
         "relative",
-        "standard error of the batch variance / variance, samples taken as independent, rms over channels",
-        "Luo et al. 2018, arXiv:1809.00846",
+        "standard error of the batch variance / variance: as batch_noise, of each sample's mean squared deviation",
+        _LUO,
     ),
     Quantity(
         "mean_drift", "batch", "deviations", "mean over channels of |mean - running_mean| / sqrt(running_var + eps)"
     ),
     Quantity("variance_drift", "batch", "nats", "mean over channels of |log((var + eps) / (running_var + eps))|"),
-    Quantity("least_variance_over_eps", "batch", "", "min over units of variance / eps"),
-    Quantity("constant_share", "batch", "share", "units whose variance is below eps / units"),
+    Quantity("least_variance_over_eps", "batch", "", "least variance (mean square, of an RMS norm) of a unit / eps"),
+    Quantity("constant_share", "batch", "share", "units whose variance (mean square, of an RMS norm) < eps / units"),
+    Quantity("calls", "batch", "calls", "how often the norm is called in one forward pass"),
+    Quantity(
+        "calls_apart",
+        "batch",
+        "deviations",
+        "of a batch norm that is called several times: greatest distance of the statistics of a call from those of the "
+        "first, mean over channels of sqrt((mean - mean_1)² / var_1 + (std - std_1)² / var_1)",
+    ),
+    Quantity(
+        "repeated_share",
+        "batch",
+        "share",
+        "positions in the input of a batch norm at which all channels are what they are at the position before "
+        "(along the last axis), as padding is / positions",
+    ),
 )
 QUANTITIES = (*MODEL, *BATCH)
 ZERO = 1e-3
@@ -49,34 +75,49 @@ ZERO = 1e-3
 def observe(seen: Seen, wanted: frozenset[str]) -> Numbers:
     """What one call shows, before running statistics move."""
     x, site = seen.input, norm_site(seen.module)
-    if x is None or site is None or not x.is_floating_point() or not x.numel():
+    if x is None or site is None or not x.is_floating_point():
+        return {}
+    laid = site.lay(wide(x), seen.kwargs)
+    if laid is None or not laid.x.numel():
         return {}
     eps = machine_eps(x) if site.eps is None else site.eps
-    view, layout = site.lay(wide(x))
-    if not layout.values:
-        return {}
-    var, mean = torch.var_mean(view, layout.pooled, correction=0)
+    mean, var = laid.mean_and_variance()
     spread = var if site.center else var + mean.square()
     found = {
-        "values_per_channel": torch.tensor(float(layout.values)),
-        "least_variance_over_eps": spread.min() / eps if eps else spread.new_full((), float("inf")),
+        "values_per_channel": laid.count.min() * _share(seen.module, len(laid.x)),
+        "least_variance_over_eps": spread.min() / eps,
         "constant_share": (spread < eps).float().mean(),
+        "calls": torch.tensor(float(seen.number)),
     }
     if wanted & {"mean_drift", "variance_drift"}:
-        found |= drift(seen.module, site, mean, var, layout.values, eps)
-    if site.across_samples and len(view) > 1 and wanted & {"batch_noise", "variance_noise"}:
-        found |= noise(view, mean, var)
+        found |= drift(seen.module, site, laid, mean, var, eps)
+    if site.across_samples:
+        found |= apart(seen, mean, (var + eps).sqrt())
+        found |= repeated(laid) if "repeated_share" in wanted else {}
+        found |= noise(laid, mean, var) if wanted & {"batch_noise", "variance_noise"} else {}
     return {name: value for name, value in found.items() if name in wanted}
 
 
-def drift(module: Any, site: Site, mean: Tensor, var: Tensor, values: int, eps: float) -> dict[str, Tensor]:
+def _share(module: Any, samples: int) -> float:
+    """How much of the batch, or how many of such batches, share a mean."""
+    policy = getattr(module, "statistics", None)
+    if isinstance(policy, Ghost):
+        return Parts(samples, policy.size).smallest / samples
+    if isinstance(module, nn.SyncBatchNorm) and not isinstance(policy, Synchronized):
+        return float(dist.get_world_size(module.process_group)) if dist.is_initialized() else 1.0
+    if isinstance(policy, Synchronized) and not policy.alone():
+        return float(dist.get_world_size(policy.process_group))
+    return 1.0
+
+
+def drift(module: Any, site: Site, laid: Laid, mean: Tensor, var: Tensor, eps: float) -> dict[str, Tensor]:
     """How far the statistics of a batch are from the running ones."""
     running_mean, running_var = getattr(module, "running_mean", None), getattr(module, "running_var", None)
-    if running_mean is None or running_var is None or values < 2:
+    if running_mean is None or running_var is None:
         return {}
+    var = var * (laid.count / (laid.count - 1)).to(var.dtype)  # what running statistics take in; 0 / 0 is NaN
     if site.pattern == INSTANCE:
         mean, var = mean.mean(0), var.mean(0)
-    var = var * (values / (values - 1))  # what running statistics take in
     scale = running_var + eps
     return {
         "mean_drift": ((mean - running_mean).abs() / scale.sqrt()).mean(),
@@ -84,35 +125,56 @@ def drift(module: Any, site: Site, mean: Tensor, var: Tensor, values: int, eps: 
     }
 
 
-def noise(view: Tensor, mean: Tensor, var: Tensor) -> dict[str, Tensor]:
+def noise(laid: Laid, mean: Tensor, var: Tensor) -> dict[str, Tensor]:
     """Standard errors of mean and variance of (n, c, s...).
 
     The values of one sample depend on each other, so the samples are what is counted: of n independent samples, the
     error of their average is their own deviation / sqrt(n).
     """
-    n = len(view)
-    deviations = view - mean.view(-1, *[1] * (view.dim() - 2))
-    of_means = deviations.flatten(2).mean(-1) if view.dim() > 2 else deviations
-    of_squares = deviations.square().flatten(2).mean(-1) if view.dim() > 2 else deviations.square()
-    error = lambda per_sample: per_sample.var(0) / n
-    rms = lambda squares: squares[var > 0].mean().sqrt()
-    return {"batch_noise": rms(error(of_means) / var), "variance_noise": rms(error(of_squares) / var.square())}
+    n = len(laid.x)
+    if n < 2 or laid.keep is not None:
+        return {}
+    deviations = (laid.x - mean.view(-1, *[1] * (laid.x.dim() - 2))).flatten(2) if laid.x.dim() > 2 else laid.x - mean
+    of_sample = lambda t: t.mean(-1) if t.dim() > 2 else t
+    moving = var > 0
+    rms = lambda squares: (torch.where(moving, squares, 0).sum() / moving.sum()).sqrt()
+    return {
+        "batch_noise": rms(of_sample(deviations).var(0) / n / var),
+        "variance_noise": rms(of_sample(deviations.square()).var(0) / n / var.square()),
+    }
+
+
+def apart(seen: Seen, mean: Tensor, std: Tensor) -> dict[str, Tensor]:
+    """How far the statistics of this call, and those before it, are from those of the first."""
+    first_mean, first_std = seen.memory.setdefault("first", (mean, std))
+    if seen.number == 1:
+        return {}
+    now = (((mean - first_mean).square() + (std - first_std).square()).sqrt() / first_std).mean()
+    greatest = torch.maximum(now, seen.memory.get("apart", now))
+    seen.memory["apart"] = greatest
+    return {"calls_apart": greatest}
+
+
+def repeated(laid: Laid) -> dict[str, Tensor]:
+    """How much of (n, c, s...) stands still along its last axis."""
+    if laid.x.dim() < 3 or laid.x.shape[-1] < 2:
+        return {}
+    same = (laid.x[..., 1:] == laid.x[..., :-1]).all(1)
+    return {"repeated_share": same.sum() / (same.numel() // same.shape[-1] * laid.x.shape[-1])}
 
 
 def read_off(model: nn.Module, wanted: frozenset[str]) -> Iterator[tuple[str, str, Tensor]]:
     """What needs no data, of every norm."""
     for name, module in model.named_modules():
-        running = [
-            t for t in (getattr(module, key, None) for key in ("running_mean", "running_var")) if isinstance(t, Tensor)
-        ]
+        found: dict[str, Tensor] = {}
+        running = [getattr(module, key, None) for key in ("running_mean", "running_var")]
+        if tensors := [t for t in running if isinstance(t, Tensor)]:
+            found["running_nonfinite"] = torch.cat([~t.flatten().isfinite() for t in tensors]).sum()
         weight = getattr(module, "weight", None) if norm_site(module) is not None else None
-        found = {}
-        if running:
-            found["running_nonfinite"] = sum((~t.isfinite()).sum() for t in running)
         if isinstance(weight, Tensor) and weight.numel():
             size = wide(weight).abs()
-            found["scale_zero_share"] = (size < ZERO).float().mean()
-            found["scale_least"], found["scale_greatest"] = size.min(), size.max()
+            found |= {"scale_zero_share": (size < ZERO).float().mean(), "scale_least": size.min()}
+            found["scale_greatest"] = size.max()
         yield from ((quantity, name, value) for quantity, value in found.items() if quantity in wanted)
 
 
