@@ -52,8 +52,18 @@ from normkit.statistics.virtual import reference_batch
 from normkit.vocabulary.spec import Spec
 
 if _TYPE_CHECKING:
-    from normkit import blocks, lab
-    from normkit.blocks import GRU, LSTM, RNN, ScaledWSConv2d, WSConv1d, WSConv2d, WSConv3d
+    from normkit import blocks, lab, strategies
+    from normkit.blocks import (
+        GRU,
+        LSTM,
+        RNN,
+        ScaledWSConv2d,
+        TransformerDecoderLayer,
+        TransformerEncoderLayer,
+        WSConv1d,
+        WSConv2d,
+        WSConv3d,
+    )
     from normkit.clipping import clip_adaptively_before_steps, clip_grad_adaptive_
     from normkit.diagnosis import Diagnosis, diagnose
     from normkit.surgery import (
@@ -71,6 +81,7 @@ if _TYPE_CHECKING:
         unsync_,
     )
     from normkit.vocabulary.certificate import Certificate
+    from normkit.watching import watch
 
 __version__ = "0.1.0.dev0"
 
@@ -110,6 +121,8 @@ __all__ = [  # noqa: RUF022 (plainly sorted, capitals or not)
     "SwitchableNorm",
     "SyncBatchNorm",
     "ThresholdedLinearUnit",
+    "TransformerDecoderLayer",
+    "TransformerEncoderLayer",
     "WSConv1d",
     "WSConv2d",
     "WSConv3d",
@@ -142,10 +155,12 @@ __all__ = [  # noqa: RUF022 (plainly sorted, capitals or not)
     "set_statistics_",
     "statistics",
     "statistics_frozen",
+    "strategies",
     "sync_",
     "tune_allocator",
     "unfreeze_",
     "unsync_",
+    "watch",
 ]
 
 del _torch
@@ -157,6 +172,8 @@ _LATER = {
     "LSTM": "normkit.blocks",
     "RNN": "normkit.blocks",
     "ScaledWSConv2d": "normkit.blocks",
+    "TransformerDecoderLayer": "normkit.blocks",
+    "TransformerEncoderLayer": "normkit.blocks",
     "WSConv1d": "normkit.blocks",
     "WSConv2d": "normkit.blocks",
     "WSConv3d": "normkit.blocks",
@@ -174,10 +191,12 @@ _LATER = {
     "param_groups": "normkit.surgery",
     "plan": "normkit.surgery",
     "set_statistics_": "normkit.surgery",
+    "strategies": "normkit.strategies",
     "sync_": "normkit.surgery",
     "unfreeze_": "normkit.surgery",
     "unsync_": "normkit.surgery",
     "Certificate": "normkit.vocabulary.certificate",
+    "watch": "normkit.watching",
 }
 """What a model with these layers can do without: loaded on first use, so that importing normkit stays cheap."""
 

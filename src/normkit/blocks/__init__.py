@@ -3,7 +3,9 @@
 from normkit.blocks.fixup import FixupResidual, fixup_
 from normkit.blocks.gain import activation_gain
 from normkit.blocks.recurrent import GRU, LSTM, RNN
+from normkit.blocks.rep_batch_norm import ProgressiveRepBatchNorm, RepBatchNorm, settle_
 from normkit.blocks.residual import LayerScale, NormalizerFreeResidual, ReZero, Scale, SkipInit, expected_deviations
+from normkit.blocks.transformer import TransformerDecoderLayer, TransformerEncoderLayer
 from normkit.blocks.weight_standardized import (
     ScaledWSConv1d,
     ScaledWSConv2d,
@@ -21,17 +23,22 @@ __all__ = [
     "FixupResidual",
     "LayerScale",
     "NormalizerFreeResidual",
+    "ProgressiveRepBatchNorm",
     "ReZero",
+    "RepBatchNorm",
     "Scale",
     "ScaledWSConv1d",
     "ScaledWSConv2d",
     "ScaledWSConv3d",
     "ScaledWSLinear",
     "SkipInit",
+    "TransformerDecoderLayer",
+    "TransformerEncoderLayer",
     "WSConv1d",
     "WSConv2d",
     "WSConv3d",
     "activation_gain",
     "expected_deviations",
     "fixup_",
+    "settle_",
 ]

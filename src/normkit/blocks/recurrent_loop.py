@@ -30,7 +30,8 @@ class Recurrent(nn.RNNBase):
         self.norms = None
         if norm is None:
             return
-        gates = self.weight_hh_l0.shape[0]
+        first: Any = self.weight_hh_l0
+        gates: int = first.shape[0]
         sizes = {"input": gates}
         if placement == "all":
             sizes["hidden"] = gates
@@ -66,7 +67,7 @@ class Recurrent(nn.RNNBase):
             text += "" if self.scale is None else f", scale={self.scale:g}"
         return text
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input: Tensor | PackedSequence,
         hx: Hidden = None,
@@ -93,7 +94,7 @@ class Recurrent(nn.RNNBase):
 
     def _plain(self, input: Any, hx: Any) -> tuple[Any, Any]:
         """Without norms: torch's own, which is one operator."""
-        return super().forward(input, hx)  # type: ignore[misc]
+        return super().forward(input, hx)
 
     def _packed(self, input: PackedSequence, hx: Any) -> tuple[PackedSequence, Any]:
         x, lengths = padded(input)
