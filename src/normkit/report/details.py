@@ -19,7 +19,13 @@ def details(summary: dict[str, Any]) -> list[str]:
     if not experiment.get("sweep"):
         sentences += [_final_metric(experiment, arms), _cost(experiment, arms), _ranges(arms)]
     every = [(point["knob"], arm) for point in summary["points"] for arm in point["arms"]]
-    sentences += [_bounds(every), _lost(every), _unreadable(summary["problems"]), _environments(experiment)]
+    sentences += [
+        _switches(every),
+        _bounds(every),
+        _lost(every),
+        _unreadable(summary["problems"]),
+        _environments(experiment),
+    ]
     return [sentence(text) for text in sentences if text]
 
 
@@ -70,6 +76,30 @@ def _ranges(arms: list[dict[str, Any]]) -> str:
         return ""
     parts = [f"{label(arm['name'])} {decades(arm['usable_rates'])}" for arm in known]
     return f"learning rates at which more than half of the search runs reach the target: {'; '.join(parts)}"
+
+
+def _switches(every: list[tuple[Any, dict[str, Any]]]) -> str:
+    """What strategies did; nothing where there is none."""
+    parts = []
+    for knob, arm in every:
+        found = arm.get("switches")
+        if not found:
+            continue
+        failed = f", {len(found['failed'])} failed ({found['failed'][0]['failed']})" if found["failed"] else ""
+        if not found["switched"]:
+            parts.append(f"{label(arm['name'])}{_at(knob)} never switched{failed}")
+            continue
+        first, last = found["first_step"], found["last_step"]
+        when = f"at step {first}" if first == last else f"between steps {first} and {last}"
+        moved = [found[f"moved_in_{mode}"] for mode in ("training", "evaluation")]
+        jump = ""
+        if None not in moved:
+            jump = f" and moved the outputs by {significant(moved[0])} of their deviation in training, "
+            jump += f"{significant(moved[1])} in evaluation"
+        before, after = found["ms_per_step_before"], found["ms_per_step_after"]
+        cost = f"; a step took {factor(after / before)}× as long after it" if before and after else ""
+        parts.append(f"{label(arm['name'])}{_at(knob)} switched {when}{jump}{cost}{failed}")
+    return "; ".join(parts)
 
 
 def _bounds(every: list[tuple[Any, dict[str, Any]]]) -> str:

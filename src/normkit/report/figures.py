@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from types import SimpleNamespace
+from importlib import import_module
 from typing import Any
 
-from normkit.report.document import Block, Figure, Text
+from normkit.report.document import Block, Text
 
 NONE = 'No plot: matplotlib is not installed; type: pip install "normkit[lab]"'
 
 
-def drawn(draw: Callable[[Any], Figure]) -> list[Block]:
-    """The figure that ``draw`` makes of the plotting functions."""
+def drawn(where: str, *args: Any, **kwargs: Any) -> list[Block]:
+    """The figure that a function of ``report.plots`` makes: ``drawn("heat.heat_map", ...)``."""
+    module, _, function = where.partition(".")
     try:
-        from normkit.report.plots import heat, over_steps
+        draw = getattr(import_module(f"normkit.report.plots.{module}"), function)
     except ModuleNotFoundError:
         return [Text(NONE, "note")]
-    return [draw(SimpleNamespace(**{**vars(over_steps), **vars(heat)}))]
+    return [draw(*args, **kwargs)]

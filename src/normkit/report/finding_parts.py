@@ -80,7 +80,7 @@ def _sparkline(index: int, finding: dict[str, Any], evidence: Evidence) -> list[
             line = float(threshold) if isinstance(threshold, (int, float)) else None
             title = listing([w for w in (finding["quantity"].replace("_", " "), f"of {module}" if module else "") if w])
             title = title.replace(" and of ", " of ")
-            return drawn(lambda plots, t=title, p=points, at=line: plots.sparkline(p, t, f"finding-{index}-line", at))
+            return drawn("over_steps.sparkline", points, title, f"finding-{index}-line", line)
     return []
 
 

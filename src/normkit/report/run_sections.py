@@ -31,7 +31,7 @@ def three_curves(evidence: Evidence) -> list[Section]:
     series = {words: numbers(evidence, quantity, "") for quantity, words in LOSSES.items()}
     if any(len(points) > 1 for points in series.values()):
         title = "Loss on the sampled batches: train mode, running statistics, batch statistics"
-        blocks += drawn(lambda plots: plots.curves(series, title, "loss", "losses"))
+        blocks += drawn("over_steps.curves", series, title, "loss", "losses")
         blocks.append(Text(READING, "note"))
     else:
         rows = [[words, value(got)] for q, words in LOSSES.items() if (got := evidence.number(q)) is not None]
@@ -49,7 +49,7 @@ def three_curves(evidence: Evidence) -> list[Section]:
     own = {"loss": numbers(evidence, "loss", ""), "learning rate": numbers(evidence, "learning_rate", "")}
     for words, points in own.items():
         if len(points) > 1:
-            blocks += drawn(lambda plots, w=words, p=points: plots.curves({w: p}, w, w, w.replace(" ", "-")))
+            blocks += drawn("over_steps.curves", {words: points}, words, words, words.replace(" ", "-"))
     return [Section("statistics", "Train mode, running statistics, batch statistics", blocks)] if blocks else []
 
 
@@ -72,11 +72,7 @@ def heat_maps(evidence: Evidence) -> list[Section]:
         steps = sorted({step for _, step in values})
         if len(steps) > 1:
             layers = [module for module in evidence.modules(quantity) if any(layer == module for layer, _ in values)]
-            blocks += drawn(
-                lambda plots, t=title, u=unit, ls=layers, ss=steps, v=values, q=quantity: plots.heat_map(
-                    t, u, ls, ss, v, f"map-{q}"
-                )
-            )
+            blocks += drawn("heat.heat_map", title, unit, layers, steps, values, f"map-{quantity}")
     return [Section("maps", "Layer by step", [Text(ONE_SCALE, "note"), *blocks])] if blocks else []
 
 
@@ -98,9 +94,7 @@ def updates(evidence: Evidence) -> list[Section]:
             if len(points := [p for p in numbers(evidence, quantity, module) if p[1] > 0]) > 1
         }
         if series:
-            blocks += drawn(
-                lambda plots, s=series, t=title, at=line, q=quantity: plots.band(s, t, t.partition(":")[0], q, line=at)
-            )
+            blocks += drawn("over_steps.band", series, title, title.partition(":")[0], quantity, line=line)
     return [Section("updates", "Updates", blocks)] if blocks else []
 
 

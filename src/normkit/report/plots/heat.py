@@ -66,9 +66,7 @@ def _short(name: str) -> str:
 
 
 def _colours() -> Any:
-    colours = colormaps["cividis"].copy()
-    colours.set_bad(alpha=0)
-    return colours
+    return colormaps["cividis"].with_extremes(bad=(0, 0, 0, 0))
 
 
 def _scale(finite: Sequence[float]) -> Normalize:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 
@@ -95,7 +96,7 @@ def _decorate(
         logarithmic(axes, "y")
     if line is not None:
         axes.axhline(line[0], color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-        spot = {"xycoords": ("axes fraction", "data"), "xytext": (4, 4), "textcoords": "offset points"}
+        spot: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "xytext": (4, 4), "textcoords": "offset points"}
         axes.annotate(line[1], (0.0, line[0]), color=MUTED, fontsize=11, **spot)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel(label)

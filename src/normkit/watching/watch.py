@@ -1,0 +1,449 @@
+"""nk.watch: what normalization does during a training run, without a line in the loop and without changing a bit."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn, optim
+
+import normkit
+from normkit.diagnosis import TAKES, Diagnosis, Subject
+from normkit.integrations.trackers import PREFIX, Trackers
+from normkit.measure import updates
+from normkit.measure.collect import Pending, packed
+from normkit.measure.structure import norms_in, read_structure
+from normkit.measure.untouched import original
+from normkit.vocabulary.finding import Finding
+from normkit.vocabulary.reading import Reading
+from normkit.watching import processes
+from normkit.watching.alarms import Alarms, say
+from normkit.watching.directory import PAGE, RunDirectory, read_readings, unit_of
+from normkit.watching.first_nan import Sentinel, trace
+from normkit.watching.listening import Hooks, torch_optimizer
+from normkit.watching.quantities import ALL, FORWARD_PASSES, usual
+from normkit.watching.run import diagnosis_of, nan_finding, structure_rows
+from normkit.watching.sample import Batch, Held, Wanted, of_the_batch, of_the_held_batch, of_the_step
+from normkit.watching.spacing import Spacing
+
+log = logging.getLogger("normkit.watch")
+LOGGED = 400
+"""Values that :meth:`Watch.log` keeps between two samples; of more, every second one goes."""
+
+
+def watch(
+    model: nn.Module,
+    optimizer: optim.Optimizer,
+    every: int = 50,
+    out: str | Path | None = "runs/watched",
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    trackers: Iterable[Any] = (),
+    budget: float | None = 0.02,
+    *,
+    quantities: Iterable[str] | None = None,
+    batch: Any = None,
+    loss_fn: Callable[[Any, Any], Tensor] | None = None,
+    process_group: Any = None,
+    step: int = 0,
+) -> Watch:
+    """Watch a training run: one line before the loop, and nothing in it.
+
+    On sampled steps, and only there, it reads the gradients and the update of the step, and repeats the forward pass on
+    the batch that came by, on copies of the buffers and with random numbers of its own. All numbers of a sample are
+    fetched at once. The run is bit for bit what it would have been; :meth:`Watch.close` leaves no trace.
+
+    What costs more than ``budget`` of the training time is sampled less often: a sample that takes as long as two steps
+    is taken every hundred steps at 2 %. What it did cost is in the report, in the log and in ``repr(watch)``.
+
+    Findings are said when they come up, to the log ``normkit.watch`` and to the trackers. At the end of the program, or
+    at :meth:`Watch.close`, the report is in ``out``/report.html; ``normkit doctor runs/a`` makes it at any time.
+
+    Args:
+        model: what the loop calls: the model, ``torch.compile`` of it, or DistributedDataParallel around either.
+        optimizer: its ``step()`` ends a training step, so gradient accumulation needs nothing more.
+        every: steps between two samples, at least.
+        out: the directory of the run; one that holds a run stays, and ``out-2`` is taken. ``None``: nothing is written.
+        filter_fn: ``(module, name)``: which modules are reported, by default all.
+        trackers: whatever has ``.log(dict, step=)`` or ``.add_scalar(name, value, step)``.
+        budget: greatest share of the training time; ``None``: ``every`` is kept, whatever it costs.
+        quantities: names out of ``normkit.measure.QUANTITIES``; by default all but the dear ones.
+        batch: a batch that is measured with ``loss_fn`` at every sample, best of validation data: the loss in training,
+            by running statistics and by batch statistics, over the run.
+        loss_fn: ``loss_fn(output, target)`` for ``batch``.
+        process_group: the processes that train this model, where ``model`` is no DistributedDataParallel.
+        step: how many steps are already done, for a run that is resumed; it goes on in the same ``out``.
+
+    Returns:
+        A :class:`Watch`, which is a context manager. It need not be kept.
+
+    Raises:
+        ValueError: a number out of its range, an unknown quantity, ``batch`` without ``loss_fn``.
+        TypeError: no model, or a sharded one; no optimizer; a tracker that cannot log.
+
+    >>> import torch, normkit as nk
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), nk.BatchNorm1d(8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> with nk.watch(model, optimizer, every=2, out=None, budget=None) as watched:
+    ...     for _ in range(4):
+    ...         optimizer.zero_grad()
+    ...         model(torch.randn(16, 4)).square().mean().backward()
+    ...         optimizer.step()
+    >>> watched.steps, watched.samples
+    (4, 2)
+
+    When not to use it: where a step takes less than a millisecond, nearly all of a sample is overhead and samples are
+    thousands of steps apart; give ``budget=None`` for a short run that is only looked at.
+    """
+    _check(every, budget, batch, loss_fn, quantities)
+    names = usual() if quantities is None else frozenset(quantities)
+    held = None if batch is None or loss_fn is None else Held(batch, loss_fn)
+    asked = Wanted(names, filter_fn, held)
+    return Watch(model, optimizer, asked, Spacing(every, budget, step), out, Trackers(trackers), process_group)
+
+
+def _check(every: int, budget: float | None, batch: Any, loss_fn: Any, quantities: Iterable[str] | None) -> None:
+    if every < 1:
+        raise ValueError(f"watch: every={every} is no number of steps.\n  give 1 or more")
+    if budget is not None and not 0 < budget < 1:
+        raise ValueError(f"watch: budget={budget} is no share of the training time.\n  give 0.02 for 2 %, or None")
+    if (batch is None) != (loss_fn is None):
+        there, missing = ("batch", "loss_fn") if loss_fn is None else ("loss_fn", "batch")
+        raise ValueError(f"watch: {there}= was given without {missing}=.\n  give both, or neither")
+    for name in quantities or ():
+        if name not in ALL or ALL[name].stage == "probe":
+            choose = ", ".join(sorted(name for name in ALL if ALL[name].stage != "probe"))
+            raise ValueError(f"watch: there is no quantity {name!r} of a run.\n  choose from: {choose}")
+
+
+class Watch:
+    """A run that is being watched: made by :func:`normkit.watch`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        wanted: Wanted,
+        spacing: Spacing,
+        out: str | Path | None,
+        trackers: Trackers,
+        process_group: Any,
+    ) -> None:
+        _refuse_sharded(model)
+        self.model, self.optimizer, self.wanted, self.spacing = original(model), optimizer, wanted, spacing
+        self.steps = spacing.next - 1
+        """Optimizer steps so far."""
+        self.samples = 0
+        """How many of them were sampled."""
+        self.first_nan: dict[str, Any] | None = None
+        """Where the first value came from that is not finite; ``None``: there was none."""
+        self.notes: list[str] = []
+        """What could not be read, in sentences."""
+        self._group = processes.group_of(model, process_group)
+        self._alone = self._group is not None or not _distributed()  # nobody waits for others that do not come
+        self._writes = processes.rank() == 0
+        self._trackers = trackers
+        self._device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        self._sentinel, self._alarms = Sentinel(self.model), Alarms(self._lacking())
+        self._batch: Batch | None = None
+        self._passes, self._busy, self._closed = 0, False, False
+        self._pending: Pending = []
+        self._weights: dict[str, Tensor] = {}
+        self._logged: list[tuple[int, str, Any]] = []
+        self._now, self._ended, self._publishing = (
+            0.0,
+            0.0,
+            0.0,
+        )  # seconds of this step, when the last ended, of writing
+        self._due = spacing.due(self.steps + 1)
+        self._counts = updates.counts(self.model)
+        self._facts = {
+            "class": type(self.model).__name__,
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "norms": sum(1 for _ in norms_in(self.model)),
+        }
+        about = self._about()
+        resumed = self.steps > 0
+        self._directory = RunDirectory(Path(out), about, resumed=resumed) if out is not None and self._writes else None
+        self._hooks = Hooks(model, optimizer, self)
+        self._process = os.getpid()
+        atexit.register(self._at_exit)
+
+    # What the hooks call
+
+    def forward_begins(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """A forward pass. It counts where it trains; the first batch of a step is kept until the update."""
+        if self._busy or not module.training or not torch.is_grad_enabled():
+            return
+        begin = time.perf_counter()
+        self._passes += 1
+        if self._batch is None and (self._due or self._device.type == "cpu"):
+            self._batch = Batch.seen(self._device.type, args, kwargs, copy=self._due)
+        self._now += time.perf_counter() - begin
+
+    def before_update(self) -> None:
+        """Gradients are there, and the weights are still those of the forward pass."""
+        begin = self._settle()
+        with self._at_work():
+            step = self.steps + 1
+            if self._sentinel.look(step):
+                self._on_nan(step)
+            if self._due:
+                self._read(step)
+        self._now += time.perf_counter() - begin
+
+    def after_update(self) -> None:
+        """The step is over."""
+        begin = self._settle()
+        self.steps += 1
+        with self._at_work():
+            if self._due:
+                self._finish(begin)
+        self._due = self.spacing.due(self.steps + 1)
+        if self._due:
+            self._counts = updates.counts(self.model)
+        self._batch, self._passes = None, 0
+        end = time.perf_counter()
+        own = self._now + end - begin
+        if self._ended:
+            self.spacing.stepped(end - self._ended - own, own)
+        self._now, self._ended = 0.0, end
+
+    # A sample
+
+    def _read(self, step: int) -> None:
+        self._pending = of_the_step(self.model, self.wanted)
+        if "statistics_moves" in self.wanted.quantities:
+            self._pending += self.wanted.passed(self.model, list(updates.moves(self._counts, self.model, 1)))
+        if self._batch is None:
+            self._note("no batch was seen: the model is called inside of compiled code, or in another place")
+        elif not self._alone:
+            self._note("forward passes are not repeated in a process group that is not known; give process_group=")
+        else:
+            self._extra(lambda: of_the_batch(self.model, self.optimizer, self._batch, self.wanted))  # type: ignore[arg-type]
+        if self.wanted.quantities & {"update_to_weight", "angle_per_step"}:
+            self._weights = {
+                name: p.detach().clone()
+                for name, p in self.model.named_parameters()
+                if p.requires_grad and p.grad is not None and p.dim() > 1
+            }
+
+    def _extra(self, read: Callable[[], Pending]) -> None:
+        """What the step does not need: where it fails, that is said once, and the training goes on."""
+        try:
+            self._pending += read()
+        except Exception as error:
+            self._note(f"the forward pass could not be repeated ({type(error).__name__}: {error})")
+            log.debug("the forward pass could not be repeated", exc_info=True)
+
+    def _finish(self, begin: float) -> None:
+        step, model = self.steps, self.model
+        now = dict(model.named_parameters())
+        moved = list(updates.read(self._weights, now, self.wanted.quantities)) if self._weights else []
+        readings = packed([*self._pending, *self.wanted.passed(model, moved)], step)
+        self._pending, self._weights = [], {}
+        readings += self._told(step)
+        with contextlib.suppress(Exception):
+            readings += of_the_held_batch(model, self.wanted, step)
+        if (nan := self._sentinel.first()) is not None:
+            self._on_nan(nan)
+        cost = self._now + time.perf_counter() - begin
+        usual = None
+        if self._group is not None:
+            numbers = [cost + self._publishing, self.spacing.step_seconds]
+            apart, (cost, usual) = processes.compare(model, self._group, numbers, step)
+            readings += apart
+        start = time.perf_counter()
+        self.samples += 1
+        self._publish(step, readings)
+        self._publishing = time.perf_counter() - start
+        self.spacing.sampled(step, cost + (0.0 if self._group is not None else self._publishing), usual)
+
+    def _told(self, step: int) -> list[Reading]:
+        """What needs no measuring."""
+        rates = [group["lr"] for group in torch_optimizer(self.optimizer).param_groups]
+        logged, self._logged = self._logged, []
+        readings = [Reading(name, float(value), "", at, unit_of(name)) for at, name, value in logged]
+        readings.append(Reading("learning_rate", float(rates[0]), "", step))
+        if self._passes:
+            readings.append(Reading(FORWARD_PASSES.name, float(self._passes), "", step, FORWARD_PASSES.unit))
+        return readings
+
+    def _publish(self, step: int, readings: list[Reading]) -> None:
+        if not self._writes:
+            return
+        if self.samples == 1:
+            self._alarms.structure = tuple(read_structure(self.model, torch_optimizer(self.optimizer)))
+        if self._directory is not None:
+            self._directory.sample(step, readings, self._progress())
+            if self.samples == 1:
+                self._directory.update(**self._about())
+        self._trackers.values(scalars(readings, step), step)
+        for finding in self._alarms.hear(readings, self._facts):
+            self._alarm(finding, step)
+
+    def _alarm(self, finding: Finding, step: int) -> None:
+        say(finding, step)
+        self._trackers.finding(finding, step)
+        if self._directory is not None:
+            self._directory.finding(finding, step)
+
+    def _on_nan(self, step: int) -> None:
+        """Trace the first one, once."""
+        if self.first_nan is not None:
+            return
+        run = None if self._batch is None else lambda: self._batch.run(self.model)  # type: ignore[union-attr]
+        batch = None if self._batch is None else (self._batch.args, self._batch.kwargs)
+        self.first_nan = trace(self.model, run, batch, step)
+        if self._writes:
+            if self._directory is not None:
+                self._directory.update(first_nan=self.first_nan)
+            self._alarm(nan_finding(self.first_nan), step)
+
+    # What a person calls
+
+    def log(self, **values: Any) -> None:
+        """Put numbers of the loop beside what is read: ``watched.log(loss=loss)``. A tensor is not waited for."""
+        for name, value in values.items():
+            kept = value.detach().clone().reshape(()) if isinstance(value, Tensor) else float(value)
+            self._logged.append((self.steps, name, kept))
+        if len(self._logged) > LOGGED:
+            del self._logged[1::2]
+
+    def diagnose(self) -> Diagnosis:
+        """What the rules say about the run so far."""
+        structure = read_structure(self.model, torch_optimizer(self.optimizer))
+        readings, facts = self._alarms.recent, [self._progress()]
+        if self._directory is not None:
+            readings, facts = read_readings(self._directory.path)
+        found = diagnosis_of(self._about(), structure, readings, facts)
+        return replace(found, subject=Subject(self.model, optimizer=torch_optimizer(self.optimizer)))
+
+    @property
+    def directory(self) -> Path | None:
+        """Where the run is written to."""
+        return None if self._directory is None else self._directory.path
+
+    @property
+    def overhead(self) -> dict[str, Any]:
+        """``share`` of the training time, ``sample_ms``, ``step_ms``, ``interval`` (steps between samples)."""
+        return self.spacing.told()
+
+    def close(self) -> None:
+        """Remove every hook, and write the report. A second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        self._hooks.remove()
+        self._batch = None
+        atexit.unregister(self._at_exit)
+        log.info("%r", self)
+        if self._directory is not None:
+            self._directory.update(**self._about(), closed=True)
+            self.diagnose().to_html(self._directory.path / PAGE)
+            self._directory.close()
+
+    def _at_exit(self) -> None:
+        if os.getpid() == self._process:  # not in a worker that was forked
+            self.close()
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        told = self.overhead
+        where = "" if self.directory is None else f", in {self.directory}"
+        nan = "" if self.first_nan is None else f"; the first NaN at step {self.first_nan['step']}"
+        return (
+            f"Watch: {self.steps} steps, {self.samples} sampled; {told['share']:.1%} of the time: one sample "
+            f"{told['sample_ms']:.3g} ms, one step {told['step_ms']:.3g} ms, {told['interval']} steps apart{where}{nan}"
+        )
+
+    # Facts
+
+    def _about(self) -> dict[str, Any]:
+        name = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else self._device.type
+        return {
+            "name": "watched run" if getattr(self, "_directory", None) is None else self._directory.path.name,  # type: ignore[union-attr]
+            "model": self._facts,
+            "asked": {"every": self.spacing.every, "budget": self.spacing.budget},
+            **self._progress(),
+            "processes": 1 if self._group is None else torch.distributed.get_world_size(self._group),
+            "device": name,
+            "lacking": dict(self._alarms.lacking),
+            "structure": structure_rows(self._alarms.structure),
+            "first_nan": self.first_nan,
+            "notes": self.notes,
+            "environment": {"normkit": normkit.__version__, "torch": torch.__version__},
+        }
+
+    def _progress(self) -> dict[str, Any]:
+        return {"steps": self.steps, "samples": self.samples, "overhead": self.spacing.told()}
+
+    def _lacking(self) -> dict[str, str]:
+        """What nobody measures, and what that would take."""
+        missing = {name: f"the quantity {name} in quantities=" for name in ALL if name not in self.wanted.quantities}
+        missing |= {name: TAKES["probe"] for name, quantity in ALL.items() if quantity.stage == "probe"}
+        if self._group is None:
+            missing["rank_spread"] = "several processes"
+        return {name: why for name, why in missing.items() if ALL[name].stage != "model"}
+
+    def _note(self, sentence: str) -> None:
+        if sentence not in self.notes:
+            self.notes.append(sentence)
+            log.warning("%s", sentence)
+
+    def _settle(self) -> float:
+        """The time, at a sample once the device has done what the training gave it: that is not the sample's."""
+        if self._due and self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+    @contextlib.contextmanager
+    def _at_work(self) -> Any:
+        """A forward pass in here is our own."""
+        self._busy = True
+        try:
+            yield
+        finally:
+            self._busy = False
+
+
+def scalars(readings: Iterable[Reading], step: int) -> Mapping[str, float]:
+    """What trackers get: ``norm/<quantity>/<module>``. Of parameters, which are hundreds, the directory tells."""
+    return {
+        "/".join(filter(None, (PREFIX, reading.quantity, reading.module))): float(reading.value)
+        for reading in readings
+        if reading.step == step
+        and isinstance(reading.value, (int, float))
+        and (reading.quantity not in ALL or ALL[reading.quantity].per != "parameter" or not reading.module)
+    }
+
+
+def _distributed() -> bool:
+    return (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size() > 1
+    )
+
+
+def _refuse_sharded(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"watch: a {type(model).__name__} is no torch.nn.Module.\n  give the model that the loop calls")
+    for module in model.modules():
+        if any(base.__module__.startswith("torch.distributed.fsdp") for base in type(module).__mro__):
+            raise TypeError(
+                f"watch: {type(module).__name__} is sharded by FSDP, and a part of a weight tells little.\n"
+                "  watch a short run that is not sharded, with DistributedDataParallel"
+            )
