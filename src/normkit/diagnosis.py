@@ -13,9 +13,13 @@ import torch
 from torch import nn
 
 import normkit
-from normkit.measure.structure import OF_OPTIMIZER, QUANTITIES, norms_in, read_structure
+from normkit.measure import QUANTITIES, measure
+from normkit.measure.neighbours import GRAPH, read_neighbours
+from normkit.measure.structure import OF_OPTIMIZER, norms_in, read_structure
+from normkit.measure.untouched import original
 from normkit.rules import RULES
 from normkit.rules.judge import chosen, judge
+from normkit.surgery.batches import arguments
 from normkit.vocabulary.certificate import Certificate
 from normkit.vocabulary.evidence import Evidence
 from normkit.vocabulary.finding import SEVERITIES, Finding, Severity
@@ -216,7 +220,7 @@ class Diagnosis:
         from normkit.surgery.carry_out import carry_out, lacks
 
         subject = self.subject
-        at_hand = {"optimizer": subject.optimizer, **given}
+        at_hand = {"optimizer": subject.optimizer, "example_inputs": _inputs(subject), **given}
         certificates = carry_out(
             subject.model,
             [p for p in self._first(safety) if not lacks(p, at_hand)],
@@ -255,9 +259,10 @@ def diagnose(
 
     Args:
         model: any module.
-        batch: as the model gets it: a tensor, a tuple of positional or a dict of keyword arguments; with ``loss_fn``
-            a pair ``(input, target)``. See :func:`normkit.measure.measure`.
-        loss_fn: ``(output, target)`` to a number.
+        batch: what a loader gives: a tensor, ``(input, target)``, or a dict, of which the model gets the keys that its
+            forward has. An input may itself be a tuple of positional or a dict of keyword arguments.
+        loss_fn: ``(output, target)`` to a number; of a batch that is a dict or a tensor the target is the batch, as in
+            ``lambda output, batch: output.loss``.
         optimizer: what trains the model.
         select: names of rules, or patterns as ``"statistics_*"``; default all.
         ignore: names or patterns of rules that are not asked.
@@ -277,11 +282,18 @@ def diagnose(
     When not to use it: as a proof that training will go well. A rule says what it found, not that there is nothing.
     """
     chosen(RULES.values(), select, ignore)  # a wrong name is said before minutes are spent
-    readings = read_structure(model, optimizer)
-    taken: set[Stage] = {"model"}
-    lacking = {q.name: TAKES[q.stage] for q in QUANTITIES if q.stage not in taken}
+    neighbours, followed = read_neighbours(model, batch, call)
+    readings = [
+        *read_structure(model, optimizer),
+        *neighbours,
+        *measure(model, batch, loss_fn=loss_fn, optimizer=optimizer, call=call),
+    ]
+    taken = {"model", *(["batch"] if batch is not None else []), *(["gradients"] if loss_fn is not None else [])}
+    lacking = {name: TAKES[quantity.stage] for name, quantity in QUANTITIES.items() if quantity.stage not in taken}
     if optimizer is None:
         lacking |= dict.fromkeys(OF_OPTIMIZER, _OPTIMIZER)
+    if not followed:
+        lacking |= {quantity.name: TAKES["batch"] for quantity in GRAPH}
     facts = {
         "class": type(model).__name__,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -289,6 +301,14 @@ def diagnose(
     }
     found = Diagnosis.of_readings(readings, facts, lacking=lacking, select=select, ignore=ignore)
     return replace(found, subject=Subject(model, batch, loss_fn, optimizer, select, ignore, call))
+
+
+def _inputs(subject: Subject) -> Any:
+    """What surgery compares the model on, before and after: the batch, as positional or as keyword arguments."""
+    if subject.batch is None or subject.call is not None:
+        return None
+    args, kwargs = arguments(original(subject.model), subject.batch)
+    return args or kwargs
 
 
 def _several(number: int, word: str) -> str:

@@ -48,6 +48,9 @@ QUANTITIES = (
     _quantity("batches_seen", "num_batches_tracked", "batches"),
     _quantity("statistics_dtype", "type of the running statistics"),
     _quantity("parameter_dtype", "type of weight and bias"),
+    _quantity("statistics_at_start", "whether every running mean is 0 and every running variance 1", FLAG),
+    _quantity("start_share", "what is left of the 0 and 1 of the start: (1 - momentum)^batches_seen", "share"),
+    _quantity("accumulates", "whether running statistics move once for all batches of a step", FLAG),
     _quantity("least_running_variance", "min over channels of the running variance", "variance"),
     _quantity("synchronized", "whether a batch norm pools the batches of all processes", FLAG),
     _quantity("device", "type of the device of a norm"),
@@ -148,6 +151,7 @@ def _of_running_statistics(module: nn.modules.batchnorm._NormBase) -> Iterator[t
     )
     yield "synchronized", float(synchronized)
     yield "frozen", float(bool(getattr(module, "frozen", False)))
+    yield "accumulates", float(getattr(getattr(module, "hold", None), "pending", None) is not None)
     yield "momentum", "average" if module.momentum is None else float(module.momentum)
     mean, var, seen = module.running_mean, module.running_var, module.num_batches_tracked
     yield "keeps_statistics", float(mean is not None and var is not None)
@@ -155,8 +159,11 @@ def _of_running_statistics(module: nn.modules.batchnorm._NormBase) -> Iterator[t
         yield "statistics_dtype", _type(mean)
         if var.numel() and not var.is_meta:
             yield "least_running_variance", float(var.detach().min())
+            yield "statistics_at_start", float(bool((mean == 0).all()) and bool((var == 1).all()))
     if isinstance(seen, Tensor) and not is_lazy(seen) and not seen.is_meta:
         yield "batches_seen", float(seen)
+        if seen > 0 and module.momentum is not None:
+            yield "start_share", (1 - module.momentum) ** int(seen)
 
 
 def _type(tensor: Tensor) -> str:

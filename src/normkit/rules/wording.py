@@ -1,10 +1,11 @@
-"""Words that the claims of rules share."""
+"""Words that the claims of rules share, and the number that stands for a series."""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 
-KINDS = {"batch_norm": "batch norm", "group_norm": "group norm", "instance_norm": "instance norm"}
+from normkit.vocabulary.evidence import Evidence
 
 
 def several(number: int, word: str, verb: str = "", verb_many: str = "") -> str:
@@ -19,3 +20,9 @@ def where(names: Sequence[str], first: int = 1) -> str:
     shown = ", ".join(name or "the model" for name in names[:first])
     more = len(names) - first
     return f"{shown} and {more} more" if more > 0 else shown
+
+
+def typical(evidence: Evidence, quantity: str, module: str = "") -> float | None:
+    """The median over the steps of a run; ``None``: it was not read there."""
+    values = [reading.value for reading in evidence.series(quantity, module) if isinstance(reading.value, float | int)]
+    return float(statistics.median(values)) if values else None

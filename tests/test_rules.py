@@ -1,0 +1,93 @@
+"""Every rule finds the sick, leaves the well in peace, and is content with the cured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import normkit as nk
+from normkit import rules
+from normkit.rules import MENU, RULES
+from normkit.rules.judge import judge
+from normkit.vocabulary.evidence import Evidence
+from normkit.vocabulary.spec import REGISTRY
+from normkit.watching.quantities import ALL as QUANTITIES
+from rule_cases import CASES, Case
+
+ids = lambda case: f"{case.rule}{'-' if case.name else ''}{case.name}"
+
+
+def test_the_menu_has_every_file_and_every_rule_its_cases():
+    files = {path.stem for path in Path(rules.__file__).parent.glob("*.py")}
+    assert files - {"__init__", "rule", "judge", "wording"} == set(MENU) == {case.rule for case in CASES}
+    assert [rule.name for rule in RULES.values()] == list(MENU)
+
+
+def test_names_of_rules_are_no_names_of_norms():
+    taken = {alias for family in REGISTRY.values() for alias in (family.spec.name, *family.spec.aliases)}
+    assert taken.isdisjoint(RULES)
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=lambda rule: rule.name)
+def test_a_rule_says_what_it_finds_why_it_hurts_when_it_is_wrong_and_who_says_so(rule):
+    for sentence in (rule.finds, rule.means, rule.false_alarms):
+        assert sentence.endswith(".")
+    assert rule.references
+    assert rule.needs
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=lambda rule: rule.name)
+def test_a_rule_without_evidence_has_nothing_to_say(rule):
+    assert list(rule.find(Evidence([]))) == []
+
+
+@pytest.mark.parametrize("case", CASES, ids=ids)
+def test_the_sick_are_found_and_cured(case: Case):
+    asked = case.sick()
+    found = asked.diagnose(case.rule)
+    assert found.findings, f"{case.rule} did not find it"
+    finding = found.findings[0]
+    assert (finding.rule, finding.severity) == (case.rule, case.severity)
+    assert finding.prescriptions
+    assert all(prescription.code for prescription in finding.prescriptions)
+    assert finding.quantity in QUANTITIES
+    if case.cure is not None:
+        assert case.cure(asked).diagnose(case.rule).findings == ()
+        return
+    cured = found.apply_(case.safety, **case.given)
+    assert cured.findings == ()
+    assert cured.certificates
+    for certificate in cured.certificates:
+        assert certificate.changed
+        assert all(row.error <= row.limit for row in certificate.agreement)
+
+
+@pytest.mark.parametrize("case", CASES, ids=ids)
+def test_the_well_are_left_in_peace(case: Case):
+    assert case.well().diagnose(case.rule).findings == ()
+
+
+def test_a_rule_that_lacks_a_quantity_is_not_asked_and_the_reason_is_given():
+    rule = RULES["train_eval_gap"]
+    _, not_asked = judge([rule], Evidence([]), {"batch_statistics_gap": "a batch"})
+    assert not_asked == {"train_eval_gap": "batch_statistics_gap was not measured; it takes a batch"}
+
+
+def test_a_diagnosis_leaves_the_model_bit_for_bit_as_it_was():
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+    model[1].eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    state = torch.get_rng_state()
+    nk.diagnose(model, (torch.randn(8, 1, 9, 9), torch.zeros(8)), lambda y, t: y.sum())
+    assert torch.equal(torch.get_rng_state(), state) is False  # the batch was drawn here
+    state = torch.get_rng_state()
+    nk.diagnose(model, torch.ones(8, 1, 9, 9))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert [module.training for module in model.modules()] == modes
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
