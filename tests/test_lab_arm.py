@@ -163,3 +163,37 @@ def test_policies_and_what_goes_with_them_are_part_of_an_arm(text, arm):
 def test_a_wrong_share_or_number_of_processes_is_named(text, words):
     with pytest.raises(LabError, match=words):
         parse_arm(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "norm", "strategy"),
+    [
+        ("batch->frozen@25%+lr/10", "batch", "frozen@25% lr/10"),
+        ("batch -> frozen@25% lr/10", "batch", "frozen@25% lr/10"),
+        ("batch@0-50%->group:8@50%", "batch", "group:8@50%"),
+        ("taper@20-60%", "batch", "taper@20%-60%"),
+        ("batch->frozen@25%+lr/10->batch@50%+rewarm:5+adamw", "batch", "frozen@25% lr/10 -> batch@50% rewarm:5"),
+        ("select@50%", "switchable", "select@50%"),
+        ("layer->rms@50%+dropout:0.1", "layer", "rms@50%"),
+    ],
+)
+def test_an_arm_may_change_its_norms_while_it_trains(text, norm, strategy):
+    arm = parse_arm(text)
+    assert (arm.norm, arm.strategy) == (norm, strategy)
+    assert parse_arm(arm.name) == arm
+    assert arm.record("sgd")["strategy"] == strategy
+    assert "strategy" not in parse_arm("batch").record("sgd")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("batch->frozen", "does not say when"),
+        ("frozen@10%+taper@1-2%", "2 strategies; join their phases by ->"),
+        ("batch->grup:8@50%", "grup"),
+        ("batch->frozen@25%+lr*3", "unknown: 'lr"),
+    ],
+)
+def test_a_strategy_that_cannot_be_read_is_an_error_of_the_arm(text, message):
+    with pytest.raises(LabError, match=message):
+        parse_arm(text)

@@ -149,6 +149,8 @@ def test_nothing_is_left_behind():
     train(model, optimizer, data)
     train(twin, other, data)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), twin.state_dict().values(), strict=True))
+    copy.deepcopy(model)(torch.zeros(7, 3, 6, 6))
+    assert len(attached.batch[0][0]) == 16  # a copy of the model is not watched
     attached.close()
     assert not model._forward_pre_hooks
     assert not optimizer._optimizer_step_post_hooks
@@ -218,7 +220,8 @@ def test_the_loss_and_the_noise_of_the_gradient_are_read():
     model = network()
     optimizer = sgd(model, lr=0.0)
     x, y = next(iter(batches(1)))
-    with attach(model, optimizer, ["frozen@plateau:5", "frozen@gradient_noise<1e-9"], every=3) as attached:
+    both = [Freeze("plateau:5", modules=("1",)), Freeze("gradient_noise<1e-9", modules=("4",))]
+    with attach(model, optimizer, both, every=3) as attached:
         for _ in range(12):
             optimizer.zero_grad()
             loss = F.cross_entropy(model(x), y)
@@ -229,6 +232,17 @@ def test_the_loss_and_the_noise_of_the_gradient_are_read():
     noise = [r.value for r in attached.readings.kept if r.quantity == "gradient_noise"]
     assert noise[0] < 1e-9
     assert attached.record[1]["step"] == 10  # and its loss stands still
+
+
+def test_what_is_so_already_is_no_switch_but_the_step_size_is_cut():
+    """The control of every switch that cuts it: the same cut, and the norms as they are."""
+    model = network(lambda: nk.BatchNorm2d(8))
+    optimizer = sgd(model)
+    with attach(model, optimizer, "batch -> batch@3 lr/10") as attached:
+        train(model, optimizer, batches(4))
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.005)
+    (line,) = attached.record
+    assert (line["step"], line["changed"], line["coupling"]) == (3, 0, "lr/10")
 
 
 def test_switchable_norms_settle():

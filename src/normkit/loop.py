@@ -21,17 +21,19 @@ from torch.utils import _pytree as pytree
 from normkit.clipping import clip_adaptively_before_steps
 from normkit.loop_readings import Readings
 from normkit.step_size import StepSize
-from normkit.strategies.coupling import Coupling
+from normkit.strategies.coupling import KEEP, Coupling
 from normkit.strategies.recalibrate import Recalibrate
 from normkit.strategies.strategy import Strategy, flattened
 from normkit.strategies.text import parse
 from normkit.strategies.trigger import At, Moment
 from normkit.surgery import probe
 from normkit.surgery.carry_out import carry_out
+from normkit.vocabulary.certificate import Certificate
 from normkit.vocabulary.prescription import Prescription
 
 log = logging.getLogger(__name__)
 _VALUES_ONLY = ("calibrate_", "merge_statistics_")  # what a checkpoint holds anyway
+_MOVED = {"moved_in_training": True, "moved_in_evaluation": False}
 Batch = tuple[tuple, dict[str, Any]]
 
 
@@ -82,25 +84,41 @@ def attach(
     When not to use it: before a run without it has been looked at. docs/strategies.md has what was measured, the cases
     in which a switch destroys training among it.
     """
-    return Attached(model, optimizer, strategy, total_steps, steps_per_epoch, scheduler, loader, every, out)
+    attached = Attached(
+        model,
+        optimizer,
+        strategy,
+        total_steps=total_steps,
+        steps_per_epoch=steps_per_epoch,
+        scheduler=scheduler,
+        loader=loader,
+        every=every,
+        out=out,
+    )
+    return attached.listen()
 
 
 class Attached:
-    """What :func:`attach` gives: hooks on a model and its optimizer, and what they have done."""
+    """What :func:`attach` gives: it acts behind each optimizer step, and keeps account of what it has done.
+
+    A loop that knows its own steps may do without hooks: not :meth:`listen`, but :meth:`after_step`.
+    """
 
     def __init__(
         self,
         model: nn.Module,
         optimizer: optim.Optimizer,
         strategy: Strategy | str | Sequence[Strategy],
-        total_steps: int | None,
-        steps_per_epoch: int | None,
-        scheduler: Any,
-        loader: Iterable[Any] | None,
-        every: int,
-        out: str | Path | Callable[[dict[str, Any]], object] | None,
+        *,
+        total_steps: int | None = None,
+        steps_per_epoch: int | None = None,
+        scheduler: Any = None,
+        loader: Iterable[Any] | None = None,
+        every: int = 10,
+        out: str | Path | Callable[[dict[str, Any]], object] | None = None,
     ) -> None:
-        self.model, self.optimizer, self.loader, self.out = inner(model), optimizer, loader, out
+        self.outer, self.model = model, inner(model)
+        self.optimizer, self.loader, self.out = optimizer, loader, out
         self.strategies = _several(strategy)
         self.moment = Moment(0, total_steps, steps_per_epoch)
         self.step_size = StepSize(optimizer, scheduler)
@@ -115,10 +133,19 @@ class Attached:
         self._clip: Any = None
         self._wrapped = model if isinstance(model, nn.parallel.DistributedDataParallel) else None
         self._compiled = self.model is not model or model._compiled_call_impl is not None
+        self._handles: list[Any] = []
+
+    def listen(self) -> Attached:
+        """Put the hooks on."""
         self._handles = [
-            model.register_forward_pre_hook(self._note, with_kwargs=True),
-            optimizer.register_step_post_hook(self._after_step),
+            self.outer.register_forward_pre_hook(self._note, with_kwargs=True),
+            self.optimizer.register_step_post_hook(lambda *_: self.after_step(self.batch)),
         ]
+        return self
+
+    def __deepcopy__(self, memo: dict) -> Attached:
+        """A copy of the model has a copy of the hook, and it is this one's business no more than before."""
+        return self
 
     def _check(self) -> None:
         points = [t for s in self.strategies for t in s.triggers if isinstance(t, At)]
@@ -149,10 +176,12 @@ class Attached:
         self.readings.loss(float(loss.detach() if isinstance(loss, Tensor) else loss), self.moment.step + 1)
 
     def _note(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if module.training:
+        if module.training and module is self.outer:
             self.batch = args, kwargs
 
-    def _after_step(self, *_: Any) -> None:
+    def after_step(self, batch: Batch | None) -> None:
+        """The optimizer has taken a step on this batch, ``(args, kwargs)``; its gradients are still there."""
+        self.batch = batch
         self.moment = Moment(self.moment.step + 1, self.moment.total, self.moment.per_epoch)
         self.step_size.after_step()
         self.readings.read(self.model, self.batch, self.moment.step)
@@ -174,17 +203,20 @@ class Attached:
             given = self._given()
             certificates = carry_out(self.model, prescriptions, given=given)
         except Exception as error:
-            log.warning("step %d: %s failed, and the model is as it was: %s", self.moment.step, line["action"], error)
-            self._write({**line, "failed": f"{type(error).__name__}: {error}"})
+            self._fail(line, f"{type(error).__name__}: {error}")
             return
-        if self._averages_others(held):
+        if _is_so_already(certificates):
+            self._couple(coupling)
+            if coupling != KEEP:
+                self._write(
+                    {**line, "changed": 0, "refused": 0, "coupling": str(coupling)} | dict.fromkeys(_MOVED, 0.0)
+                )
+            return
+        if reason := self._reason_against(certificates, held):
             for certificate in reversed(certificates):
-                certificate.undo()
-            reason = (
-                "parameters come or go, and DistributedDataParallel averages those that there were when it was built"
-            )
-            log.warning("step %d: %s failed, and the model is as it was: %s", self.moment.step, line["action"], reason)
-            self._write({**line, "failed": reason})
+                if certificate.changed:
+                    certificate.undo()
+            self._fail(line, reason)
             return
         _same_everywhere(self.model)
         if self._wrapped is not None:
@@ -197,14 +229,23 @@ class Attached:
         line |= {
             "changed": sum(len(certificate.changed) for certificate in certificates),
             "refused": sum(len(certificate.refused) for certificate in certificates),
-            "moved_in_training": _moved(before, after, True),
-            "moved_in_evaluation": _moved(before, after, False),
             "coupling": str(coupling),
         }
+        line |= {name: _moved(before, after, training) for name, training in _MOVED.items()}
         self._write(line)
 
-    def _averages_others(self, held: set[int]) -> bool:
-        return self._wrapped is not None and held != {id(p) for p in self.model.parameters()}
+    def _fail(self, line: dict[str, Any], reason: str) -> None:
+        log.warning("step %d: %s failed, and the model is as it was: %s", self.moment.step, line["action"], reason)
+        self._write({**line, "failed": reason})
+
+    def _reason_against(self, certificates: Sequence[Certificate], held: set[int]) -> str | None:
+        """Why what was done must not stand; ``None``: it may."""
+        if not any(certificate.changed for certificate in certificates):
+            refused = [row.reason for certificate in certificates for row in certificate.refused]
+            return f"nothing was changed{': ' if refused else ''}{'; '.join(dict.fromkeys(refused))}"
+        if self._wrapped is not None and held != {id(p) for p in self.model.parameters()}:
+            return "parameters come or go, and DistributedDataParallel averages those that there were when it was built"
+        return None
 
     def _given(self) -> dict[str, Any]:
         given: dict[str, Any] = {"optimizer": self.optimizer, "loader": self.loader}
@@ -315,6 +356,12 @@ def _few(example: Any) -> Any:
 def _samples(batch: Any) -> int:
     sizes = [leaf.shape[0] for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()]
     return sizes[0] if sizes else 0
+
+
+def _is_so_already(certificates: Sequence[Certificate]) -> bool:
+    """Nothing was to be done: two increments of a ramp may come to the same number."""
+    rows = [row for certificate in certificates for row in (*certificate.skipped, *certificate.refused)]
+    return not any(c.changed for c in certificates) and any(row.reason.endswith("already") for row in rows)
 
 
 def _moved(before: dict[bool, list[Tensor]], after: dict[bool, list[Tensor]], training: bool) -> float | None:

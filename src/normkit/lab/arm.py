@@ -13,12 +13,14 @@ PLACEMENTS = ("before", "after")
 RESIDUALS = ("plain", "none", "skipinit", "fixup", "normalizer-free")
 OPTIONS = ("dropout", "init", "placement", "running", "processes", "residual", "clip")
 WORDS = ("placement", "residual")
-ADDED: dict[str, Any] = {"running": None, "processes": 1, "residual": "plain", "clip": None}
+STEP_SIZE = ("lr/", "rewarm:", "keep")
+"""Parts that belong to the phase before them."""
+ADDED: dict[str, Any] = {"running": None, "processes": 1, "residual": "plain", "clip": None, "strategy": ""}
 """In a record only where they are used: older questions keep their hash."""
 GRAMMAR = (
     "an arm is a norm and what goes with it, joined by +: none, batch, group:8, none+adamw, batch+momentum, "
     "batch+dropout:0.2, batch+placement:after, none+init:0.1, batch+running:0.02, batch:synchronized+processes:2, "
-    "none+residual:skipinit, none+residual:normalizer-free+clip:0.02"
+    "none+residual:skipinit, none+residual:normalizer-free+clip:0.02, batch->frozen@25%+lr/10, taper@20%-60%"
 )
 
 
@@ -33,6 +35,7 @@ class Arm:
     own. processes: how many train the network together, each on its part of every batch, averaging their gradients.
     residual: how a residual task adds its branches: plain (x + branch), none (no skip), skipinit, fixup,
     normalizer-free. clip: adaptive gradient clipping before every step (the last linear layer is left out), or None.
+    strategy: what changes the norms during training, as `normkit.strategies.parse` reads it.
     """
 
     norm: str = "none"
@@ -44,6 +47,7 @@ class Arm:
     processes: int = 1
     residual: str = "plain"
     clip: float | None = None
+    strategy: str = ""
 
     def __post_init__(self) -> None:
         if self.optimizer is not None and self.optimizer not in OPTIMIZERS:
@@ -74,7 +78,9 @@ class Arm:
     @property
     def name(self) -> str:
         """The arm in its own grammar, with nothing that is a default: the key of every table."""
-        parts = [self.norm]
+        parts = [
+            f"{self.norm}->{self.strategy.replace(' -> ', '->').replace(' ', '+')}" if self.strategy else self.norm
+        ]
         parts += [self.optimizer] if self.optimizer else []
         parts += [f"dropout:{self.dropout:g}"] if self.dropout else []
         parts += [f"placement:{self.placement}"] if self.placement != "before" else []
@@ -101,16 +107,21 @@ class Arm:
 
 def parse_arm(text: str) -> Arm:
     """Reads one arm, e.g. `batch+dropout:0.2+adamw`; raises LabError with the nearest word when one is unknown."""
-    parts = [part.strip() for part in text.split("+")]
+    parts = _whole_phases([part.strip() for part in text.split("+")])
     if not all(parts):
         raise LabError(f"arm {text!r} has an empty part; {GRAMMAR}")
     optimizers = [part.lower() for part in parts if part.lower() in OPTIMIZERS]
     options = [part for part in parts if part.split(":")[0].lower() in OPTIONS]
-    norms = [part for part in parts if part.lower() not in OPTIMIZERS and part not in options]
+    phases = [part for part in parts if "->" in part or "@" in part or part.startswith("recalibrate/")]
+    norms = [part for part in parts if part.lower() not in OPTIMIZERS and part not in (*options, *phases)]
     if sorted(optimizers) == ["momentum", "sgd"]:
         optimizers = ["momentum"]  # `sgd+momentum` says the same in more words
     if len(optimizers) > 1:
         raise LabError(f"arm {text!r} names {len(optimizers)} optimizers ({', '.join(optimizers)}); choose one")
+    strategy = ""
+    if phases:
+        start, strategy = _read_phases(text, phases)
+        norms.insert(0, start)
     if len(norms) > 1:
         raise LabError(
             f"arm {text!r} has a part that is unknown: {norms[1]!r}"
@@ -119,7 +130,10 @@ def parse_arm(text: str) -> Arm:
     if not norms:
         raise LabError(f"arm {text!r} names no norm; write none+{text} for a network without normalization")
     return Arm(
-        norm=check_norm(norms[0]), optimizer=optimizers[0] if optimizers else None, **_read_options(text, options)
+        norm=check_norm(norms[0]),
+        optimizer=optimizers[0] if optimizers else None,
+        strategy=strategy,
+        **_read_options(text, options),
     )
 
 
@@ -151,6 +165,33 @@ def check_norm(spec: str) -> str:
     except (ValueError, TypeError) as error:
         raise LabError(f"arm {spec!r}: {error}") from None
     return spec
+
+
+def _whole_phases(parts: list[str]) -> list[str]:
+    """`lr/10` belongs to the phase that it follows, whether a + or a space is between them."""
+    joined: list[str] = []
+    for part in parts:
+        if joined and part.startswith(STEP_SIZE) and "@" in joined[-1]:
+            joined[-1] += f" {part}"
+        else:
+            joined.append(part)
+    return joined
+
+
+def _read_phases(text: str, phases: list[str]) -> tuple[str, str]:
+    """The norm that an arm starts with, and its strategy in the one way of writing it."""
+    from normkit import strategies
+
+    if len(phases) > 1:
+        raise LabError(f"arm {text!r} has {len(phases)} strategies; join their phases by ->")
+    first, arrow, rest = (word.strip() for word in phases[0].partition("->"))
+    starts = bool(arrow) and ("@" not in first or first.partition("@")[2].startswith("0"))
+    norm = first.partition("@")[0] if starts and not strategies.is_phase(first) else ""
+    try:
+        strategy = str(strategies.parse(rest if norm else phases[0]))
+    except ValueError as error:
+        raise LabError(f"arm {text!r}: {error}") from None
+    return norm or ("switchable" if strategy.startswith("select") else "batch"), strategy
 
 
 def _split(text: str) -> list[str]:

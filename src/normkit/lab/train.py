@@ -30,6 +30,7 @@ from normkit.lab.probe import SAMPLES, Probe, untouched_generators
 from normkit.lab.ranks import ALONE, Ranks
 from normkit.lab.seeds import derive
 from normkit.lab.step import Step
+from normkit.lab.switching import Switching
 
 DIVERGED = 1e3  # times the first loss: Bjorck et al. 2018 (arXiv:1806.02375) call that divergence
 WARM_UP = 2
@@ -81,6 +82,10 @@ class Run:
         self.state = State()
         self.metrics, self.inside = Journal(directory / "metrics.jsonl"), Journal(directory / "inside.jsonl")
         self.between_steps: list[Callable[[Step], None]] = [copy.deepcopy(act) for act in experiment.between_steps]
+        self.switching: Switching | None = None
+        if arm.strategy:
+            self.switching = Switching(arm.strategy, self.model, self.optimizer, cell.steps)
+            self.between_steps.insert(0, self.switching)
         if cell.phase == FINAL and ranks.alone:  # its forward pass is this process's own: others would wait for it
             batch, _ = data.validation.first(SAMPLES)
             self.between_steps.append(Probe(self.inside, batch, cell.steps))
@@ -247,6 +252,8 @@ class Run:
             "initial_weights": self.initial_weights,
             **dict.fromkeys((*closing.MEASURES, *recomputed.MEASURES)),
         }
+        if self.switching is not None:
+            measured |= self.switching.measure(state.step_seconds, state.step)
         if self.cell.phase == FINAL:
             measured["test"] = self._evaluate(self.data.test)[0]
             arm, extra_step = self.cell.trained_arm, self._extra_step() if self.ranks.alone else None

@@ -17,7 +17,7 @@ from normkit.strategies.renorm_ramp import RenormRamp
 from normkit.strategies.select import Select
 from normkit.strategies.strategy import Once, Phases, Ramp, Strategy
 from normkit.strategies.taper import Taper
-from normkit.strategies.text import parse
+from normkit.strategies.text import is_phase, parse
 from normkit.strategies.trigger import At, Measured, Moment, Plateau
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ __all__ = [
     "Strategy",
     "Taper",
     "attach",
+    "is_phase",
     "parse",
 ]
 

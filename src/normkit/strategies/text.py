@@ -38,7 +38,7 @@ def parse(text: str) -> Strategy:
     """
     stages = [stage.strip() for stage in text.split("->")]
     first, *_ = stages
-    if len(stages) > 1 and (re.fullmatch(r"[\w:.-]+(@0%?-\S+)?", first) and not _is_phase(first)):
+    if len(stages) > 1 and (re.fullmatch(r"[\w:.-]+(@0%?-\S+)?", first) and not is_phase(first)):
         stages = stages[1:]  # what the model has already
     try:
         return Phases(phases=tuple(_phase(stage) for stage in stages))
@@ -46,7 +46,8 @@ def parse(text: str) -> Strategy:
         raise ValueError(f"strategy {text!r}: {error}\n  a strategy is {GRAMMAR}") from None
 
 
-def _is_phase(stage: str) -> bool:
+def is_phase(stage: str) -> bool:
+    """Whether the first stage of a text does something, and is not the name of what the model has already."""
     return "/" in stage or stage.partition("@")[0].partition(":")[0] in (*_RAMPS, "frozen", "select")
 
 

@@ -53,6 +53,7 @@ def describe(
         "parameters": middle(number(cell, "parameters") for cell in ran),
         "peak_memory_mb": middle(number(cell, "peak_memory_mb") for cell in ran),
         "variance_ratio": _variance_ratio(ran),
+        **({"switches": switches} if (switches := _switches(ran)) else {}),
         "curve": learning_curve(ran, points),
         "divergences": [_divergence(cell) for cell in ran if cell.state == "diverged"],
         "unit": unit_percentiles(ran, min(points, 200)),
@@ -89,6 +90,25 @@ def partner_of(experiment: dict[str, Any], name: str) -> str | None:
 
 def _kit(arm: dict[str, Any]) -> tuple[Any, ...]:
     return arm.get("optimizer"), arm.get("dropout", 0.0), arm.get("init", 1.0)
+
+
+def _switches(ran: Sequence[Record]) -> dict[str, Any] | None:
+    """What the strategy of the arm did, over the runs; None for an arm without one."""
+    lines = [line for cell in ran for line in cell.status.get("switches") or ()]
+    if not lines:
+        return None
+    done = [line for line in lines if "failed" not in line]
+    each = lambda key: middle(line[key] for line in done if line[key] is not None)
+    return {
+        "switched": len(done),
+        "failed": [line for line in lines if "failed" in line][:5],
+        "first_step": min((line["step"] for line in done), default=None),
+        "last_step": max((line["step"] for line in done), default=None),
+        "moved_in_training": each("moved_in_training"),
+        "moved_in_evaluation": each("moved_in_evaluation"),
+        "ms_per_step_before": middle(number(cell, "ms_per_step_before") for cell in ran),
+        "ms_per_step_after": middle(number(cell, "ms_per_step_after") for cell in ran),
+    }
 
 
 def _rate(cells: ArmCells, chosen: dict[str, Any] | None) -> float | None:
