@@ -282,14 +282,16 @@ def diagnose(
     When not to use it: as a proof that training will go well. A rule says what it found, not that there is nothing.
     """
     chosen(RULES.values(), select, ignore)  # a wrong name is said before minutes are spent
-    neighbours, followed = read_neighbours(model, batch, call)
-    readings = [
-        *read_structure(model, optimizer),
-        *neighbours,
-        *measure(model, batch, loss_fn=loss_fn, optimizer=optimizer, call=call),
-    ]
+    try:
+        neighbours, followed = read_neighbours(model, batch, call)
+        measured = measure(model, batch, loss_fn=loss_fn, optimizer=optimizer, call=call)
+    except Exception as error:
+        error.add_note("this is what the model, or the loss, raises on the batch that was given")
+        raise
+    readings = [*read_structure(model, optimizer), *neighbours, *measured]
     taken = {"model", *(["batch"] if batch is not None else []), *(["gradients"] if loss_fn is not None else [])}
     lacking = {name: TAKES[quantity.stage] for name, quantity in QUANTITIES.items() if quantity.stage not in taken}
+    lacking |= {need: TAKES["run"] for rule in RULES.values() for need in rule.needs if need not in QUANTITIES}
     if optimizer is None:
         lacking |= dict.fromkeys(OF_OPTIMIZER, _OPTIMIZER)
     if not followed:

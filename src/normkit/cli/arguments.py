@@ -22,7 +22,7 @@ def parse(kind: type[Arguments], argv: list[str], verb: str) -> Arguments:
     return tyro.cli(kind, args=argv, prog=f"normkit {verb}", config=config)
 
 
-def shape(text: str) -> tuple[int, ...]:
+def shape(text: str, option: str = "--shape") -> tuple[int, ...]:
     """``"8,64,56,56"`` (or ``8x64x56x56``) as sizes; each is at least 1.
 
     Raises:
@@ -31,6 +31,7 @@ def shape(text: str) -> tuple[int, ...]:
     sizes = re.split(r"\s*[,x×]\s*", text.strip("()[] "))
     if not all(re.fullmatch(r"\d+", size) and int(size) > 0 for size in sizes):
         raise UserError(
-            f"--shape {text!r} is not a shape.\n  write positive whole numbers with commas between: --shape 8,64,56,56"
+            f"{option} {text!r} is not a shape.\n"
+            f"  write positive whole numbers with commas between: {option} 8,64,56,56"
         )
     return tuple(int(size) for size in sizes)

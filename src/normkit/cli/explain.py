@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import warnings
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -11,19 +12,20 @@ import tyro
 from torch import Tensor, nn
 
 import normkit as nk
-from normkit.cli import arguments
+from normkit.cli import arguments, explain_rule
 from normkit.cli.errors import UserError, from_user
 from normkit.cli.output import show, show_json
 from normkit.layout import parse
+from normkit.rules import RULES
 from normkit.vocabulary.spec import find
 
 
 @dataclass
 class Explain:
-    """Which backend runs a norm on a shape, and why the others do not."""
+    """Which backend runs a norm on a shape, and why the others do not; or what a rule of `normkit doctor` means."""
 
     norm: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NORM")]
-    """A norm as `normkit list` names it or as people type it: group, group:32, BatchNorm2d, ln."""
+    """A norm (group, group:32, BatchNorm2d, ln), or without --shape a rule of the doctor (train_eval_gap)."""
     shape: Annotated[str, tyro.conf.arg(metavar="N,C,...")]
     """Sizes of the input: 8,64,56,56. Channels are the second size; of layer, rms and dyt on three axes the last."""
     dtype: Literal["float32", "float64", "float16", "bfloat16"] = "float32"
@@ -43,6 +45,10 @@ class Explain:
 
 
 def main(argv: list[str]) -> int:
+    if argv and argv[0] in RULES:
+        return explain_rule.main(argv)
+    if argv and "--shape" not in argv and (near := difflib.get_close_matches(argv[0], RULES, n=1, cutoff=0.6)):
+        raise UserError(f"there is no rule {argv[0]!r}.\n  did you mean {near[0]!r}?")
     asked = arguments.parse(Explain, argv, "explain")
     shape = arguments.shape(asked.shape)
     x = _input(asked, shape)

@@ -84,18 +84,23 @@ def opened(asked: Operation) -> Opened:
         raise UserError("-o FILE is missing: where does the result go?\n  or --dry-run, which writes nothing")
     if asked.out is not None:
         checkpoints.may_write(asked.out, asked.force or asked.dry_run)
-    built = _built(asked.model)
+    model = built(asked.model)
     aside: list[str] = []
     if asked.checkpoint is not None:
         state, aside = checkpoints.read(asked.checkpoint)
-        checkpoints.fill(built, state, asked.checkpoint)
+        checkpoints.fill(model, state, asked.checkpoint)
     try:
-        return Opened(built.to(asked.device), tuple(aside))
+        return Opened(model.to(asked.device), tuple(aside))
     except (RuntimeError, AssertionError) as error:  # AssertionError: this torch was built without CUDA
         raise UserError(f"--device {asked.device} cannot be used here.\n  {str(error).splitlines()[0]}") from error
 
 
-def _built(named: str) -> nn.Module:
+def built(named: str) -> nn.Module:
+    """The model that a person names.
+
+    Raises:
+        UserError: nothing of that name, or it builds none.
+    """
     if ":" not in named:
         raise UserError(f"MODEL {named!r}: write file.py:function or package.module:function")
     try:
@@ -103,16 +108,16 @@ def _built(named: str) -> nn.Module:
     except ValueError as error:
         raise UserError(f"MODEL {named}: {error}") from error
     try:
-        built = function()
+        found = function()
     except Exception as error:
         first = f"MODEL {named}: raised {imported.describe(error)}"
         raise UserError(f"{first}\n  give a function without arguments that returns a model") from error
-    if not isinstance(built, nn.Module):
-        raise UserError(f"MODEL {named}: returned a {type(built).__name__}, and not a torch.nn.Module")
-    return built
+    if not isinstance(found, nn.Module):
+        raise UserError(f"MODEL {named}: returned a {type(found).__name__}, and not a torch.nn.Module")
+    return found
 
 
-def example(asked: Operation, built: nn.Module) -> Any:
+def example(asked: Operation, model: nn.Module) -> Any:
     """The first batch, as the model is called with it; ``None``: no data."""
     found = asked.batches()
     if found is None:
@@ -121,7 +126,7 @@ def example(asked: Operation, built: nn.Module) -> Any:
     if first is None:
         raise UserError(f"--data {asked.data}: gives no batch")
     with told():
-        args, kwargs = batches.arguments(built, first)
+        args, kwargs = batches.arguments(model, first)
     there = lambda leaf: leaf.to(asked.device) if isinstance(leaf, Tensor) else leaf
     return pytree.tree_map(there, args or kwargs)
 

@@ -15,6 +15,9 @@ MEANING: dict[Safety, str] = {
 }
 """What each safety promises. Surgery holds the first three against a probe batch."""
 
+_WANTS = {"calibrate_": ("loader",)}
+"""What a person has to hand to an operation beside the model."""
+
 
 @dataclass(frozen=True, slots=True)
 class Prescription:
@@ -46,7 +49,7 @@ class Prescription:
         """What to type."""
         if not self.operation:
             return self.by_hand
-        words = [f"{name}={value!r}" for name, value in self.options]
+        words = [*_WANTS.get(self.operation, ()), *(f"{name}={value!r}" for name, value in self.options)]
         if self.module:
             words.append(f"filter_fn=lambda module, name: name == {self.module!r}")
         return f"nk.{self.operation}({', '.join(['model', *words])})"
