@@ -25,6 +25,7 @@ TEXTS = (
     "taper@20-60%",
     "renorm@10-40%",
     "ghost:2-8@0-80%",
+    "batch -> frozen@30% -> folded@50%",
     "frozen@40% clip:0.05 -> batch@70%",
 )
 STEPS = 20

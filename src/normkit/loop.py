@@ -250,7 +250,7 @@ class Attached:
     def _given(self) -> dict[str, Any]:
         given: dict[str, Any] = {"optimizer": self.optimizer, "loader": self.loader}
         if self.batch is not None and _samples(self.batch) >= 2:
-            given["match"] = _example_inputs(self.model, self.batch)
+            given["match"] = given["example_inputs"] = _example_inputs(self.model, self.batch)
         return given
 
     def _couple(self, coupling: Coupling) -> None:
@@ -317,7 +317,11 @@ class Attached:
             prescriptions = [Prescription(**{**p, "options": tuple(map(tuple, p["options"]))}) for p in group]
             structural = [p for p in prescriptions if p.operation not in _VALUES_ONLY]
             if structural:
-                carry_out(self.model, structural, given={"optimizer": self.optimizer, "match": example})
+                carry_out(
+                    self.model,
+                    structural,
+                    given={"optimizer": self.optimizer, "match": example, "example_inputs": example},
+                )
             self.carried.append((prescriptions, example))
         self.moment = Moment(state["step"], self.moment.total, self.moment.per_epoch)
         self.states, self.record = state["states"], list(state["record"])

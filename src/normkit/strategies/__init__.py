@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from normkit.strategies.coupling import Coupling
+from normkit.strategies.fold import Fold
 from normkit.strategies.freeze import Freeze
 from normkit.strategies.ghost_ramp import GhostRamp
 from normkit.strategies.handover import Handover
@@ -27,6 +28,7 @@ __all__ = [
     "At",
     "Attached",
     "Coupling",
+    "Fold",
     "Freeze",
     "GhostRamp",
     "Handover",

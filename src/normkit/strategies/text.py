@@ -6,6 +6,7 @@ import re
 
 from normkit.strategies.coupling import GRAMMAR as COUPLINGS
 from normkit.strategies.coupling import parse as parse_coupling
+from normkit.strategies.fold import Fold
 from normkit.strategies.freeze import Freeze
 from normkit.strategies.ghost_ramp import GhostRamp
 from normkit.strategies.handover import Handover
@@ -19,7 +20,7 @@ from normkit.strategies.trigger import GRAMMAR as TRIGGERS
 GRAMMAR = f"""\
 phases, joined by ->, each a target, @ and when, then what happens to the step size:
   batch -> frozen@25% lr/10        batch@0-50% -> group:8@50%        taper@20%-60%        recalibrate/500
-  targets: frozen, a norm (group:8, layer, rms, none ...), taper, renorm, ghost:8-64, select
+  targets: frozen, folded, a norm (group:8, layer, rms, none ...), taper, renorm, ghost:8-64, select
   when: {TRIGGERS}
   step size: {COUPLINGS}"""
 _RAMPS = ("taper", "renorm", "ghost")
@@ -48,7 +49,7 @@ def parse(text: str) -> Strategy:
 
 def is_phase(stage: str) -> bool:
     """Whether the first stage of a text does something, and is not the name of what the model has already."""
-    return "/" in stage or stage.partition("@")[0].partition(":")[0] in (*_RAMPS, "frozen", "select")
+    return "/" in stage or stage.partition("@")[0].partition(":")[0] in (*_RAMPS, "frozen", "folded", "select")
 
 
 def _phase(stage: str) -> Strategy:
@@ -66,6 +67,8 @@ def _phase(stage: str) -> Strategy:
         return _ramp(kind, target, when, coupling)
     if kind in ("frozen", "freeze"):
         return Freeze(when, coupling=coupling)
+    if kind in ("folded", "fold"):
+        return Fold(when, coupling=coupling)
     if kind == "select":
         return Select(when, coupling=coupling)
     return Handover(when, target, coupling=coupling)

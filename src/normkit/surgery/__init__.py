@@ -4,6 +4,7 @@ from normkit.surgery.accelerate import accelerate_
 from normkit.surgery.calibrate import calibrate_
 from normkit.surgery.convert import convert_
 from normkit.surgery.folding.fold import fold
+from normkit.surgery.folding.fold_in import fold_
 from normkit.surgery.freeze import freeze_, unfreeze_
 from normkit.surgery.merge import merge_statistics_
 from normkit.surgery.operate import Plan, Step, operate, plan
@@ -18,6 +19,7 @@ __all__ = [
     "calibrate_",
     "convert_",
     "fold",
+    "fold_",
     "freeze_",
     "merge_statistics_",
     "operate",

@@ -16,6 +16,7 @@ OPERATIONS = (
     "accelerate_",
     "calibrate_",
     "convert_",
+    "fold_",
     "freeze_",
     "merge_statistics_",
     "set_statistics_",

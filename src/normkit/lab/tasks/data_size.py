@@ -37,6 +37,7 @@ def data_size(share: float = 0.1, depth: int = 2, width: int = 64, context: int 
         data=Data(part(whole.data.train, share), whole.data.validation, whole.data.test),
         arms=ARMS,
         baseline="layer",
+        quick_steps=130,
     )
 
 

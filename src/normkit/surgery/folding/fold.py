@@ -67,16 +67,17 @@ def fold(
     it. A flow that depends on the values or the shape of the input is folded as it was on ``example_inputs``.
     """
     inner = unwrap(model, "fold")
-    folded = _copy(inner)
+    folded = copied(inner)
     found = look(folded, example_inputs, filter_fn)
     if dry_run:
         return plan(folded, found).certificate()
-    certificate = _carry_out(inner, folded, found, example_inputs)
+    certificate = fold_copy(inner, folded, found, example_inputs)
     folded.certificate = replace(certificate, taking_back=_nothing_to_take_back)  # type: ignore[assignment]
     return folded
 
 
-def _copy(model: nn.Module) -> nn.Module:
+def copied(model: nn.Module) -> nn.Module:
+    """A copy in evaluation."""
     try:
         return copy.deepcopy(model).eval()
     except Exception as error:
@@ -86,12 +87,12 @@ def _copy(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def _carry_out(model: nn.Module, folded: nn.Module, found: Found, example_inputs: Any) -> Certificate:
+def fold_copy(model: nn.Module, folded: nn.Module, found: Found, example_inputs: Any) -> Certificate:
     """Fold, and hold the result against the model in three ways; the certificate has the worst of them."""
     intended = plan(folded, found)
     if not intended.steps:
         return operate(intended, example_inputs=example_inputs)
-    rehearsal = _copy(model)
+    rehearsal = copied(model)
     _disturb(rehearsal, found)
     disturbed = operate(plan(rehearsal, found), example_inputs=example_inputs)
     at_random = _randomised(example_inputs)
