@@ -54,6 +54,8 @@ def takes_scale_away(norm: Any, layer: Any) -> bool:
     if site is None:
         return False
     if site.across_samples:  # which takes away a bias as well
+        if not isinstance(norm, nn.modules.batchnorm._BatchNorm):  # power norm goes by what it remembers, in part
+            return False
         given = norm.running_mean is not None and not norm.training
         policy = getattr(norm, "statistics", PLAIN)
         return not given and not getattr(norm, "frozen", False) and isinstance(policy, Batch | Ghost | Synchronized)

@@ -56,7 +56,6 @@ def untouched(model: nn.Module) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(random_numbers_restored())
         stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(_without_autocast_cache())
         if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled, and loading the compiler takes seconds
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         copies: dict[int, Tensor] = {}  # a buffer that two modules share stays shared
@@ -88,17 +87,6 @@ def _restore(module: nn.Module, attributes: dict[str, Any], buffers: dict[str, A
     for name, value in attributes.items():
         if name not in now or now[name] is not value:
             now[name] = value
-
-
-@contextlib.contextmanager
-def _without_autocast_cache() -> Iterator[None]:
-    """A weight that is cast here, where it may need no gradient, must not be the one that training finds cast."""
-    before = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(before)
 
 
 @contextlib.contextmanager
