@@ -13,26 +13,39 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import healthy_models
 import hosted_models
-
 import normkit as nk
+from normkit.rules import (
+    attention_logits,
+    constant_channels,
+    dead_activations,
+    dropout_before_norm,
+    few_values_per_channel,
+    gradients_explode,
+    padding_in_statistics,
+    pruned_channels,
+    saturated_activations,
+    shared_norm,
+    stale_statistics,
+    train_eval_gap,
+)
 from normkit.vocabulary.evidence import Evidence
 from normkit.vocabulary.record import write_json
 
 RECORD = Path(__file__).parent.parent / "records" / "doctor" / "healthy.json"
 LIMITED = {
-    "batch_noise": 0.25,
-    "mean_drift": 0.5,
-    "variance_drift": 0.693,
-    "batch_statistics_gap": 0.5,
-    "constant_share": 0.25,
-    "scale_zero_share": 0.1,
-    "dead_share": 0.5,
-    "saturated_share": 0.5,
-    "gradient_ratio": 1000.0,
-    "attention_logit": 100.0,
-    "call_gap": 0.5,
-    "dropout_variance_shift": 0.1,
-    "padding_share": 0.1,
+    "batch_noise": few_values_per_channel.NOISE,
+    "mean_drift": stale_statistics.MEAN,
+    "variance_drift": stale_statistics.VARIANCE,
+    "batch_statistics_gap": train_eval_gap.GAP,
+    "constant_share": constant_channels.SHARE,
+    "scale_zero_share": pruned_channels.SHARE,
+    "dead_share": dead_activations.SHARE,
+    "saturated_share": saturated_activations.SHARE,
+    "gradient_ratio": gradients_explode.RATIO,
+    "attention_logit": attention_logits.LOGIT,
+    "call_gap": shared_norm.GAP,
+    "dropout_variance_shift": dropout_before_norm.SHIFT,
+    "padding_share": padding_in_statistics.SHARE,
 }
 """Quantities with a threshold, and the threshold."""
 Made = Callable[[], healthy_models.Patient]
@@ -61,7 +74,9 @@ def main() -> None:
         )
         evidence = Evidence(found.readings)
         for quantity in LIMITED:
-            most = max((value for _, value in evidence.numbers(quantity) if value == value), default=None)
+            constant = {name for name, frozen in evidence.numbers("frozen") if frozen}
+            values = [value for module, value in evidence.numbers(quantity) if module not in constant]
+            most = max((value for value in values if value == value), default=None)
             if most is not None and most > greatest.get(quantity, (-1.0, ""))[0]:
                 greatest[quantity] = (most, name)
     record = {

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ import torch
 from torch import nn
 
 import normkit
-from normkit.measure import QUANTITIES, measure
+from normkit.measure import QUANTITIES, Collection, measure, packed
 from normkit.measure.neighbours import GRAPH, read_neighbours
 from normkit.measure.structure import OF_OPTIMIZER, norms_in, read_structure
-from normkit.measure.untouched import original
+from normkit.measure.untouched import copied, in_mode, original, untouched
 from normkit.rules import RULES
 from normkit.rules.judge import chosen, judge
 from normkit.surgery.batches import arguments
+from normkit.surgery.batches import call as run_batch
 from normkit.vocabulary.certificate import Certificate
 from normkit.vocabulary.evidence import Evidence
 from normkit.vocabulary.finding import SEVERITIES, Finding, Severity
@@ -29,7 +31,7 @@ from normkit.vocabulary.reading import Reading
 from normkit.vocabulary.record import encode, write_atomically
 
 SCHEMA = 1
-Names = Collection[str] | str | None
+Names = Sequence[str] | str | None
 
 TAKES: dict[Stage, str] = {
     "model": "the model itself",
@@ -46,6 +48,7 @@ _ALLOWED: dict[Safety, tuple[Safety, ...]] = {
     "eval_identical": ("identical", "eval_identical"),
     "retrain": ("identical", "train_identical", "eval_identical", "retrain"),
 }
+_TOO_FEW = "more than 1 value per channel"  # torch's words
 _MODULES = 4  # names of places in one line of repr
 
 
@@ -282,14 +285,19 @@ def diagnose(
     When not to use it: as a proof that training will go well. A rule says what it found, not that there is nothing.
     """
     chosen(RULES.values(), select, ignore)  # a wrong name is said before minutes are spent
+    refused: list[Reading] = []
     try:
         neighbours, followed = read_neighbours(model, batch, call)
         measured = measure(model, batch, loss_fn=loss_fn, optimizer=optimizer, call=call)
     except Exception as error:
-        error.add_note("this is what the model, or the loss, raises on the batch that was given")
-        raise
-    readings = [*read_structure(model, optimizer), *neighbours, *measured]
-    taken = {"model", *(["batch"] if batch is not None else []), *(["gradients"] if loss_fn is not None else [])}
+        if _TOO_FEW not in str(error):
+            error.add_note("this is what the model, or the loss, raises on the batch that was given")
+            raise
+        refused = _up_to_refusal(original(model), batch, call)
+        (neighbours, followed), measured = read_neighbours(model), measure(model, optimizer=optimizer)
+    readings = [*read_structure(model, optimizer), *neighbours, *measured, *refused]
+    given = batch is not None and not refused
+    taken = {"model", *(["batch"] if given else []), *(["gradients"] if given and loss_fn is not None else [])}
     lacking = {name: TAKES[quantity.stage] for name, quantity in QUANTITIES.items() if quantity.stage not in taken}
     lacking |= {need: TAKES["run"] for rule in RULES.values() for need in rule.needs if need not in QUANTITIES}
     if optimizer is None:
@@ -303,6 +311,19 @@ def diagnose(
     }
     found = Diagnosis.of_readings(readings, facts, lacking=lacking, select=select, ignore=ignore)
     return replace(found, subject=Subject(model, batch, loss_fn, optimizer, select, ignore, call))
+
+
+def _up_to_refusal(model: nn.Module, batch: Any, call: Any) -> list[Reading]:
+    """How many values each norm is given, as far as the first that refuses so few."""
+    with (
+        untouched(model),
+        in_mode(model, None),
+        torch.no_grad(),
+        Collection(model, {"values_per_channel"}) as collection,
+    ):
+        with contextlib.suppress(ValueError):
+            (call or run_batch)(model, copied(batch))
+        return packed(collection.pending())
 
 
 def _inputs(subject: Subject) -> Any:
@@ -328,7 +349,7 @@ def _lines(finding: Finding) -> list[str]:
     more = len(finding.modules) - _MODULES
     where = ", ".join(name or "(the model)" for name in finding.modules[:_MODULES]) + (f" and {more} more" * (more > 0))
     measured = "" if finding.measured is None else f"{finding.quantity} = {_number(finding.measured)}"
-    limit = "" if finding.threshold is None else f", limit {_number(finding.threshold)}"
+    limit = "" if finding.threshold in (None, "") else f", limit {_number(finding.threshold)}"
     source = f" ({finding.source})" if finding.source else ""
     lines = [f"  {finding.severity:<7} {finding.rule}: {finding.claim}"]
     lines += [f"          where: {where}"] if where else []

@@ -47,6 +47,10 @@ RULE = Rule(
     "convert_sync_batchnorm builds a layer out of the numbers of another one. An activation inside the layer stays as "
     "a child that the new forward does not call, so that the network has lost its non-linearity, in silence.",
     "A class of your own that subclasses torch's and calls the child itself is not reported: it is not torch's class.",
-    ("docs/deviations.md", "https://github.com/huggingface/pytorch-image-models (BatchNormAct2d, the same trap)"),
+    (
+        "docs/deviations.md",
+        "https://github.com/huggingface/pytorch-image-models/issues/1254",
+        "https://github.com/pytorch/pytorch/issues/187298",
+    ),
     find,
 )

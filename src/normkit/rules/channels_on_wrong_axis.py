@@ -48,6 +48,10 @@ RULE = Rule(
     "torch takes axis 1 of three for channels. After a linear layer, an embedding or a recurrent network that is the "
     "position in the sequence. Where length and features are equal nothing raises, and each position gets a scale.",
     "Positions that are meant to be channels (a table with as many columns as features).",
-    ("https://discuss.pytorch.org/t/59772", "torch.nn.BatchNorm1d: (n, c, l)"),
+    (
+        "https://github.com/pytorch/pytorch/issues/76613",
+        "https://github.com/pytorch/pytorch/issues/7577",
+        "torch.nn.BatchNorm1d: (n, c, l)",
+    ),
     find,
 )

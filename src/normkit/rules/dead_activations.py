@@ -52,6 +52,10 @@ RULE = Rule(
     "large "
     "or with inputs that are all of one sign.",
     "A small batch, sparse features by design, many units in a wide layer.",
-    ("Karpathy, Becoming a Backprop Ninja and Activations & Gradients (lecture 4)", "Lu et al. 2019, arXiv:1903.06733"),
+    (
+        "https://github.com/keras-team/keras/issues/3425",
+        "Karpathy, lecture 4: activations and gradients",
+        "Lu et al. 2019, arXiv:1903.06733",
+    ),
     find,
 )

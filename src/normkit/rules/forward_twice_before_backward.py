@@ -51,6 +51,6 @@ RULE = Rule(
     "DDP broadcasts buffers before each forward pass. The second one writes over what the first has saved for its "
     "backward pass: an error about an in-place operation, or gradients of the wrong statistics.",
     "The extra pass runs without gradients.",
-    ("https://github.com/pytorch/pytorch/issues/175024", "https://github.com/pytorch/pytorch/issues/66504"),
+    ("https://github.com/pytorch/pytorch/issues/175024", "https://github.com/pytorch/pytorch/issues/65907"),
     find,
 )

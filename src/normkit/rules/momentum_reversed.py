@@ -85,7 +85,8 @@ RULE = Rule(
     (
         "https://github.com/Lightning-AI/pytorch-lightning/issues/14866",
         "torch.nn.BatchNorm2d: the note on momentum",
-        "https://keras.io/api/layers/normalization_layers/batch_normalization",
+        "https://github.com/pytorch/vision/issues/8250",
+        "https://github.com/kazuto1011/deeplab-pytorch/issues/79",
     ),
     find,
 )

@@ -52,6 +52,10 @@ RULE = Rule(
     "A mean over data and padding depends on how much was padded: on the longest sample of the batch, or on the other "
     "samples. The same sequence gives other outputs in another batch.",
     "Sequences that really end in a constant.",
-    ("docs/masks.md", "https://github.com/pytorch/pytorch/issues/1585"),
+    (
+        "docs/masks.md",
+        "https://github.com/pytorch/pytorch/issues/70529",
+        "https://github.com/pytorch/pytorch/issues/81985",
+    ),
     find,
 )

@@ -54,6 +54,6 @@ RULE = Rule(
     "whether one wants it or not; what is off could be cut out for speed.",
     "The last norm of a residual branch starts at 0 on purpose (all of its scales; not reported). Pruning by the "
     "scale.",
-    ("Liu et al. 2017, arXiv:1708.06519", "https://github.com/huggingface/pytorch-image-models"),
+    ("Liu et al. 2017, arXiv:1708.06519",),
     find,
 )

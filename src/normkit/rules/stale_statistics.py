@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from normkit.rules.rule import Rule
-from normkit.rules.wording import several, where
+from normkit.rules.wording import loses, losses, settled, several, where
 from normkit.vocabulary.evidence import Evidence
 from normkit.vocabulary.finding import Finding
 from normkit.vocabulary.prescription import Prescription
@@ -14,31 +14,30 @@ MEAN, VARIANCE = 0.5, 0.693
 """Deviations; nats: a factor of 2."""
 NOISE = 3.0
 """Standard errors of a batch that count as luck."""
-HURTS = 1.25
-"""The loss by running statistics over that by the statistics of the batch."""
+CONFIRMED = 0.25
+"""Of both, where the loss is far worse by running statistics."""
 
 
 def find(evidence: Evidence) -> Iterator[Finding]:
     drift = {
         module: value
         for module, value in evidence.numbers("mean_drift")
-        if evidence.number("statistics_at_start", module) == 0 and not _constant(evidence, module)
+        if evidence.number("statistics_at_start", module) == 0
+        and not _constant(evidence, module)
+        and settled(evidence, module, "mean_drift")
     }
-    far = {module: value for module, value in drift.items() if value > MEAN + NOISE * _noise(evidence, module)}
+    hurts = loses(evidence)
+    least = (CONFIRMED, CONFIRMED) if hurts else (MEAN, VARIANCE)
+    far = {module: value for module, value in drift.items() if value > least[0] + NOISE * _noise(evidence, module)}
     wide = {
         module: value
         for module, value in evidence.numbers("variance_drift")
-        if module in drift and value > VARIANCE + NOISE * (evidence.number("variance_noise", module) or 0.0)
+        if module in drift and value > least[1] + NOISE * (evidence.number("variance_noise", module) or 0.0)
     }
     places = sorted({*far, *wide}, key=lambda module: -max(far.get(module, 0.0), wide.get(module, 0.0)))
     if not places:
         return
-    running, batchwise = evidence.number("loss_running"), evidence.number("loss_batch_statistics")
-    measured = running is not None and batchwise is not None
-    hurts = measured and running > HURTS * batchwise  # type: ignore[operator]
-    what = (
-        f"; the loss is {running:.3g} by them and {batchwise:.3g} by the statistics of this batch" if measured else ""
-    )
+    what = losses(evidence)
     by_mean = bool(far) and max(far.values()) >= max(wide.values(), default=0.0)
     how_far = f"by {max(far.values()):.2g} deviations" if by_mean else f"in variance by {_factor(max(wide.values()))}"
     yield Finding(
@@ -49,14 +48,13 @@ def find(evidence: Evidence) -> Iterator[Finding]:
         tuple(places),
         "mean_drift" if by_mean else "variance_drift",
         max(far.values()) if by_mean else max(wide.values()),
-        MEAN if by_mean else VARIANCE,
+        least[0] if by_mean else least[1],
         f"plus {NOISE:g} standard errors of the batch",
         prescriptions=(
             Prescription(
                 "running statistics are estimated anew",
                 "",
-                "they belong to other weights or to other data"
-                + ("" if hurts or not measured else "; it may not help"),
+                "they belong to other weights or to other data" + ("" if hurts or not what else "; it may not help"),
                 "train_identical",
                 operation="calibrate_",
             ),

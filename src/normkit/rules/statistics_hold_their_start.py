@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from normkit.rules.rule import Rule
-from normkit.rules.wording import several, where
+from normkit.rules.wording import START, loses, several, where
 from normkit.vocabulary.evidence import Evidence
 from normkit.vocabulary.finding import Finding, Severity
 from normkit.vocabulary.prescription import Prescription
 
-SHARE = 0.05
+SHARE = START
+MOSTLY = 0.5
+"""From which on it is the cause of what evaluation loses, and not a part of it."""
 DRIFT = 0.25
 """Deviations, or nats of the variance, from which on a batch confirms it."""
 
@@ -38,7 +40,7 @@ def find(evidence: Evidence) -> Iterator[Finding]:
         most = max(shares.values())
         seen = evidence.number("batches_seen", places[0])
         yield _finding(
-            "warning" if measured else "note",
+            ("error" if most > MOSTLY and loses(evidence) else "warning") if measured else "note",
             f"the running statistics of {several(len(places), 'batch norm')} are {most:.0%} the 0 and 1 that they "
             f"started with ({where(places)}): they have seen {seen or 0:.0f} batch{'' if seen == 1 else 'es'}",
             places,

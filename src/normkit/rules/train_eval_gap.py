@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from normkit.rules.rule import Rule
+from normkit.rules.wording import loses, losses, settled
 from normkit.vocabulary.evidence import Evidence
 from normkit.vocabulary.finding import Finding
 from normkit.vocabulary.prescription import Prescription
@@ -13,8 +14,6 @@ GAP = 0.5
 """Of the output; docs/doctor.md has healthy models."""
 NOISE = 2.0
 """Times the standard error of a batch mean: deep networks add the luck of their layers up."""
-HURTS = 1.5
-"""The loss by running statistics over that by the statistics of the batch."""
 
 
 def find(evidence: Evidence) -> Iterator[Finding]:
@@ -22,16 +21,16 @@ def find(evidence: Evidence) -> Iterator[Finding]:
     started = dict(evidence.numbers("statistics_at_start"))
     noise = max((value for _, value in evidence.numbers("batch_noise")), default=0.0)
     limit = GAP + NOISE * noise
-    if gap is None or gap <= limit or (started and all(started.values())):
+    hurts = loses(evidence)
+    if gap is None or not (gap > limit or hurts) or (started and all(started.values())):
         return
-    running, batchwise = evidence.number("loss_running"), evidence.number("loss_batch_statistics")
-    hurts = running is not None and batchwise is not None and running > HURTS * batchwise
-    losses = "" if running is None or batchwise is None else f"; the loss is {running:.3g} and {batchwise:.3g}"
+    if not all(settled(evidence, module, "batch_statistics_gap") for module in started):
+        return
     yield Finding(
         RULE.name,
         "error" if hurts else "warning",
         f"by running statistics the outputs are others than by the statistics of the batch, by {gap:.2g} of their "
-        f"size{losses}",
+        f"size{losses(evidence)}",
         (),
         "batch_statistics_gap",
         gap,

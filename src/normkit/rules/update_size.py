@@ -13,10 +13,14 @@ from normkit.vocabulary.prescription import Prescription
 LARGE, SMALL = 0.03, 3e-6
 """A factor of 30 above, and of 300 below, the thousandth that is usual."""
 
+READINGS = 3
+"""Samples from which on the median is one: the first steps of a run are large."""
+
 
 def find(evidence: Evidence) -> Iterator[Finding]:
     ratios = {name: typical(evidence, "update_to_weight", name) for name in evidence.modules("update_to_weight")}
-    known = {name: ratio for name, ratio in ratios.items() if ratio is not None}
+    long = {name for name in ratios if len(evidence.series("update_to_weight", name)) >= READINGS}
+    known = {name: ratio for name, ratio in ratios.items() if ratio is not None and name in long}
     large = {name: ratio for name, ratio in known.items() if ratio > LARGE}
     small = {name: ratio for name, ratio in known.items() if 0 <= ratio < SMALL}
     if large:
