@@ -34,8 +34,9 @@ def merge_statistics_(
     For layers that are not synchronised: under DistributedDataParallel the statistics of rank 0 win, and what the
     others saw is lost. One call before saving or evaluating, by every process. Exact: the mean is the weighted mean of
     the means, the variance the weighted mean of the variances plus the variance between the means (which an average of
-    variances leaves out). A process weighs as many values as its statistics are made of, where that is known: with
-    ``momentum=None``. With a number for ``momentum`` all weigh the same. One that has seen no batch counts nothing.
+    variances leaves out). Instance norms keep the variance within samples, of which it is the weighted mean. A process
+    weighs as many values as its statistics are made of, where that is known: with ``momentum=None``. With a number for
+    ``momentum`` all weigh the same. One that has seen no batch counts nothing.
 
     Args:
         model: of torch's or normkit's layers, the same on every process; wrapped, sharded or compiled as it may be.
@@ -144,7 +145,14 @@ def _pooled(sets: list[Kept], group: Any) -> list[tuple[Tensor, Tensor] | None]:
     used = count > 0  # what nobody reached may be anything
     own = Moments(count, torch.where(used, mean, 0), torch.where(used, var * count, 0))
     merged = own.exchange(group)
-    parts = zip(*(t.split(sizes) for t in (merged.count, merged.mean, merged.var())), strict=True)
+    var = merged.var()
+    if not all(kept.spread for kept in sets):  # these are averages of variances, and stay such
+        spread = torch.tensor([kept.spread for kept in sets], device=device)
+        within = own.m2.clone()
+        dist.all_reduce(within, group=group)
+        of_each = spread.repeat_interleave(torch.tensor(sizes, device=device))
+        var = torch.where(of_each, var, within / merged.count.clamp(min=1))
+    parts = zip(*(t.split(sizes) for t in (merged.count, merged.mean, var)), strict=True)
     return [(mean, var) if bool((total > 0).all()) else None for total, mean, var in parts]
 
 
