@@ -131,3 +131,16 @@ def test_the_groups_of_the_recipe_are_scaled_first():
     assert torch.allclose(nk.PowerNorm(6, group_scaling=2)(x), nk.PowerNorm(6)(scaled), atol=1e-6)
     with pytest.raises(ValueError, match="6 channels do not divide into group_scaling=4"):
         nk.PowerNorm(6, group_scaling=4)
+
+
+def test_statistics_frozen_holds_what_it_keeps_forward_and_backward():
+    norm = nk.PowerNorm(4, warmup=1)
+    for _ in range(3):
+        norm(torch.randn(16, 4, requires_grad=True)).square().sum().backward()
+    before = {name: buffer.clone() for name, buffer in norm.named_buffers()}
+    with nk.statistics_frozen(norm):
+        norm(torch.randn(16, 4, requires_grad=True)).square().sum().backward()
+    assert all(torch.equal(buffer, before[name]) for name, buffer in norm.named_buffers())
+    norm(torch.randn(16, 4, requires_grad=True)).square().sum().backward()
+    assert not any(torch.equal(buffer, before[name]) for name, buffer in norm.named_buffers())
+    assert copy.deepcopy(norm).hold is not norm.hold

@@ -12,7 +12,7 @@ from torch.fx import Proxy
 from normkit.dispatch import normalize
 from normkit.epilogue import Activation
 from normkit.norm import Norm, affine, along_channels, doubled, traced_as_call, widened
-from normkit.statistics.buffers import Kept
+from normkit.statistics.buffers import Hold, Kept
 from normkit.statistics.masking import blanked
 from normkit.vocabulary.spec import Spec
 
@@ -229,7 +229,8 @@ class PowerNorm(Norm, nn.Module, spec=SPEC):
     >>> norm.num_batches_tracked.item(), bool(norm.nu.any())
     (3, True)
 
-    A batch with NaN or infinity leaves ``running_square``, ``nu`` and the counter as they were.
+    A batch with NaN or infinity leaves ``running_square``, ``nu`` and the counter as they were; so does every batch
+    inside :func:`normkit.statistics_frozen`.
 
     When not to use it: in the decoder of a translation model, where the authors keep layer norm; where gradients of
     gradients are needed after the warm-up; with few batches, for the running mean starts at 1.
@@ -269,6 +270,7 @@ class PowerNorm(Norm, nn.Module, spec=SPEC):
         for name in ("running_square", "nu"):
             self.register_buffer(name, torch.empty(num_features, device=device, dtype=wide))
         self.register_buffer("num_batches_tracked", torch.zeros((), device=device, dtype=torch.long))
+        self.hold = Hold()
         self.reset_parameters()
         self._set_options(activation, backend)
 
@@ -316,7 +318,8 @@ class PowerNorm(Norm, nn.Module, spec=SPEC):
         y = self._by_phase(x, running, square, following)
         if x.numel():
             nothing = torch.zeros_like(square)
-            kept = Kept(nothing, self.running_square, 1 - self.decay, self.num_batches_tracked)
+            held = self.hold.frozen > 0
+            kept = Kept(nothing, self.running_square, 1 - self.decay, self.num_batches_tracked, held=held)
             kept.commit((nothing, running.lerp(square.to(running.dtype), 1 - self.decay)))
         return y
 
@@ -324,9 +327,11 @@ class PowerNorm(Norm, nn.Module, spec=SPEC):
         by_batch = lambda: _by_batch(x, self.weight, self.bias, self.eps, following)
         own = self.weight, self.bias, self.decay, self.eps, following
         warming = self.num_batches_tracked < self.warmup
+        held = torch.zeros_like(warming) if self.hold.frozen else None
         if not torch.compiler.is_compiling():
-            return by_batch() if warming else _relaxed(x, running, square, self.nu, *own)
-        late = _relaxed(x, running, square, self.nu, *own, live=warming.logical_not())  # one graph for both phases
+            return by_batch() if warming else _relaxed(x, running, square, self.nu, *own, live=held)
+        live = warming.logical_not() if held is None else held
+        late = _relaxed(x, running, square, self.nu, *own, live=live)  # one graph for both phases
         return torch.where(warming, by_batch(), late)
 
     def _extra_options(self) -> list[str]:

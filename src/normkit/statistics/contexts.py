@@ -9,7 +9,7 @@ from typing import Any, overload
 from torch import nn, optim
 from torch.nn.parameter import is_lazy
 
-from normkit.statistics.buffers import RunningStatistics, waiting_for
+from normkit.statistics.buffers import Hold, RunningStatistics, waiting_for
 
 
 @contextlib.contextmanager
@@ -33,14 +33,15 @@ def statistics_frozen(model: nn.Module) -> Iterator[None]:
     >>> model[0].running_mean.tolist(), model[0].num_batches_tracked.item()
     ([0.0, 0.0], 0)
     """
-    layers = _layers(model, "statistics_frozen")
-    for layer in layers:
-        layer.hold.frozen += 1
+    _layers(model, "statistics_frozen")
+    holds = [module.hold for module in model.modules() if isinstance(getattr(module, "hold", None), Hold)]
+    for hold in holds:
+        hold.frozen += 1
     try:
         yield
     finally:
-        for layer in layers:
-            layer.hold.frozen -= 1
+        for hold in holds:
+            hold.frozen -= 1
 
 
 @overload
