@@ -96,6 +96,7 @@ def test_close_leaves_no_trace():
         assert not any(value for key, value in vars(module).items() if "hooks" in key)
     assert not optimizer._optimizer_step_pre_hooks
     assert not optimizer._optimizer_step_post_hooks
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
 
 
 def test_no_layer_has_a_hook_between_the_samples():
@@ -175,6 +176,7 @@ def test_moves_of_running_statistics_are_counted_per_optimizer_step(name, tmp_pa
     layer = "block.1" if name == "checkpointing" else "1"
     assert [line["values"]["statistics_moves"][layer] for line in lines] == [run.moves_often] * 3
     assert [line["values"]["forward_passes"][""] for line in lines] == [run.accumulate] * 3
+    assert [line["values"]["backward_passes"][""] for line in lines] == [run.accumulate] * 3
 
 
 def test_the_numbers_of_a_sample_are_those_of_the_step(tmp_path):

@@ -6,13 +6,14 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class Listener(Protocol):
     """Who is told."""
 
     def forward_begins(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None: ...
+    def backward_ends(self) -> None: ...
     def before_update(self) -> None: ...
     def after_update(self) -> None: ...
 
@@ -26,9 +27,10 @@ class Hooks:
     Args:
         model: what the loop calls: the model, its compiled form, or DistributedDataParallel around it.
         optimizer: a torch optimizer, or a wrapper that has one as ``.optimizer``.
+        weight: one parameter, by whose gradients backward passes are told.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Any, listener: Listener) -> None:
+    def __init__(self, model: nn.Module, optimizer: Any, listener: Listener, weight: Tensor | None = None) -> None:
         self.model, self.listener = model, listener
         own = torch_optimizer(optimizer)
         self._handles: list[Any] = [
@@ -36,6 +38,8 @@ class Hooks:
             own.register_step_post_hook(self._after),
             model.register_forward_pre_hook(Ear(listener), with_kwargs=True),
         ]
+        if weight is not None:
+            self._handles.append(weight.register_post_accumulate_grad_hook(lambda _: listener.backward_ends()))
         self._compiled = model._compiled_call_impl
         if self._compiled is not None:
             self._wrapper = self._outside(self._compiled)

@@ -1,4 +1,4 @@
-"""What a watched run reads: everything there is, and two quantities that only a run has."""
+"""What a watched run reads: everything there is, and what a run alone has."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ from normkit.vocabulary.quantity import Quantity
 FORWARD_PASSES = Quantity(
     "forward_passes", "run", "per step", "forward passes in training between two optimizer steps", per="model"
 )
+BACKWARD_PASSES = Quantity(
+    "backward_passes", "run", "per step", "backward passes between two optimizer steps", per="model"
+)
 RANK_SPREAD = Quantity(
     "rank_spread",
     "run",
     "deviations",
     "max over channels of (greatest - least running mean over processes) / sqrt(running_var + eps)",
 )
-ALL: dict[str, Quantity] = {**QUANTITIES, FORWARD_PASSES.name: FORWARD_PASSES, RANK_SPREAD.name: RANK_SPREAD}
+OF_A_RUN = (FORWARD_PASSES, BACKWARD_PASSES, RANK_SPREAD)
+ALL: dict[str, Quantity] = {**QUANTITIES, **{quantity.name: quantity for quantity in OF_A_RUN}}
 """By name."""
 
 DEAR = frozenset({"stable_rank", "orthogonality_gap"})

@@ -29,7 +29,7 @@ from normkit.watching.alarms import Alarms, say
 from normkit.watching.directory import PAGE, RunDirectory, read_readings, unit_of
 from normkit.watching.first_nan import Sentinel, trace
 from normkit.watching.listening import Hooks, torch_optimizer
-from normkit.watching.quantities import ALL, FORWARD_PASSES, usual
+from normkit.watching.quantities import ALL, BACKWARD_PASSES, FORWARD_PASSES, usual
 from normkit.watching.run import diagnosis_of, nan_finding, structure_rows
 from normkit.watching.sample import Batch, Held, Wanted, of_the_batch, of_the_held_batch, of_the_step
 from normkit.watching.spacing import Spacing
@@ -153,7 +153,7 @@ class Watch:
         self._device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         self._sentinel, self._alarms = Sentinel(self.model), Alarms(self._lacking())
         self._batch: Batch | None = None
-        self._passes, self._busy, self._closed = 0, False, False
+        self._passes, self._backward, self._busy, self._closed = 0, 0, False, False
         self._pending: Pending = []
         self._weights: dict[str, Tensor] = {}
         self._logged: list[tuple[int, str, Any]] = []
@@ -172,7 +172,7 @@ class Watch:
         about = self._about()
         resumed = self.steps > 0
         self._directory = RunDirectory(Path(out), about, resumed=resumed) if out is not None and self._writes else None
-        self._hooks = Hooks(model, optimizer, self)
+        self._hooks = Hooks(model, optimizer, self, self._sentinel.weight)
         self._process = os.getpid()
         atexit.register(self._at_exit)
 
@@ -187,6 +187,10 @@ class Watch:
         if self._batch is None and (self._due or self._device.type == "cpu"):
             self._batch = Batch.seen(self._device.type, args, kwargs, copy=self._due)
         self._now += time.perf_counter() - begin
+
+    def backward_ends(self) -> None:
+        """A backward pass; with gradient accumulation there are several in a step."""
+        self._backward += not self._busy
 
     def before_update(self) -> None:
         """Gradients are there, and the weights are still those of the forward pass."""
@@ -209,7 +213,7 @@ class Watch:
         self._due = self.spacing.due(self.steps + 1)
         if self._due:
             self._counts = updates.counts(self.model)
-        self._batch, self._passes = None, 0
+        self._batch, self._passes, self._backward = None, 0, 0
         end = time.perf_counter()
         own = self._now + end - begin
         if self._ended:
@@ -272,8 +276,9 @@ class Watch:
         logged, self._logged = self._logged, []
         readings = [Reading(name, float(value), "", at, unit_of(name)) for at, name, value in logged]
         readings.append(Reading("learning_rate", float(rates[0]), "", step))
-        if self._passes:
-            readings.append(Reading(FORWARD_PASSES.name, float(self._passes), "", step, FORWARD_PASSES.unit))
+        for quantity, passes in ((FORWARD_PASSES, self._passes), (BACKWARD_PASSES, self._backward)):
+            if passes:  # none: they are in compiled code, where nobody counts them
+                readings.append(Reading(quantity.name, float(passes), "", step, quantity.unit))
         return readings
 
     def _publish(self, step: int, readings: list[Reading]) -> None:
