@@ -24,10 +24,14 @@ from normkit.lab.load import Source
 from normkit.lab.norm_layer import norms_of
 from normkit.lab.worker import seeded_data
 from normkit.laws import LAWS
+from normkit.measure.structure import OF_OPTIMIZER
 from normkit.report import bench_summary, bench_synchronized, small_batches
 from normkit.report.words import verdict
+from normkit.rules import RULES
+from normkit.rules.rule import Rule
 from normkit.vocabulary.record import read_lines
 from normkit.vocabulary.spec import REGISTRY, Family, Spec, pooled
+from normkit.watching.quantities import ALL as MEASURED
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = "python docs/generate.py"
@@ -46,6 +50,7 @@ SMALL = ("small-batches", "cut-batches")
 DIGEST = Path("src") / "normkit" / "small_batches.json"
 """What `nk.advise` reads: it ships with the package, and the records do not."""
 SURGERY = Path("records") / "surgery"
+DOCTOR = Path("records") / "doctor"
 SPEEDS = Path("records") / "bench" / "cpu"
 """One directory per run of the benchmark."""
 UNMEASURED = f"No record of a quiet machine is committed yet; `normkit bench --op overhead --out {OVERHEAD}` makes one."
@@ -376,6 +381,90 @@ def _made(record: dict[str, Any], name: str) -> str:
     return f"torch {record['torch']}; `{record['command']}`, [every run](../{SURGERY}/{name})."
 
 
+RULES_INTRODUCTION = """
+# Rules
+
+What `nk.diagnose` and `normkit doctor` look for ([how to use them](doctor.md)); `normkit explain RULE` prints it too.
+A rule reads numbers and names and says what they mean; it neither runs nor changes a model. Findings that are equally
+severe are told in this order: causes before their symptoms.
+"""
+
+
+def rules_page() -> str:
+    """Every rule: what it finds, why that hurts, when to leave it, what it reads, who reports it."""
+    source = f"<!-- Written by `{COMMAND}` from src/normkit/rules: change those, then run it. -->"
+    rows = [[f"[{rule.name}](#{rule.name})", wants(rule), rule.finds] for rule in RULES.values()]
+    overview = table(["rule", "needs", "finds"], rows)
+    return "\n\n".join([source, RULES_INTRODUCTION.strip(), overview, *map(rule_card, RULES.values())]) + "\n"
+
+
+def wants(rule: Rule) -> str:
+    """The dearest of the stages that its quantities belong to."""
+    words = {"model": "the model", "batch": "a batch", "gradients": "a loss", "run": "a run"}
+    if rule.needs & set(OF_OPTIMIZER):
+        return "the optimizer"
+    stages = {MEASURED[need].stage for need in rule.needs if need in MEASURED}
+    return next(word for stage, word in reversed(words.items()) if stage in stages)
+
+
+def rule_card(rule: Rule) -> str:
+    reads = "\n".join(f"- `{need}`: {MEASURED[need].formula}" for need in sorted(rule.needs) if need in MEASURED)
+    references = "\n".join(f"- {link(reference)}" for reference in rule.references)
+    return (
+        f"## {rule.name}\n\n**{rule.finds}**\n\n{rule.means}\n\n*When to leave it.* {rule.false_alarms}\n\n"
+        f"Reads\n\n{reads}\n\nReferences\n\n{references}"
+    )
+
+
+def link(reference: str) -> str:
+    """A page of these docs by its name, an address by what it leads to."""
+    if match := re.fullmatch(r"docs/([\w-]+\.md)(.*)", reference):
+        return f"[{match[1]}]({match[1]}){match[2]}"
+    if match := re.fullmatch(r"https://github\.com/([\w./-]+?)/(?:issues|pull)/(\d+)", reference):
+        return f"[{match[1]}#{match[2]}]({reference})"
+    return f"<{reference}>" if re.fullmatch(r"https://\S+", reference) else reference
+
+
+def doctor_page(text: str) -> str:
+    """``text`` of docs/doctor.md with the gallery and the healthy models, from their records."""
+    gallery, healthy = (json.loads((ROOT / DOCTOR / f"{name}.json").read_text()) for name in ("gallery", "healthy"))
+    text = between_marks("docs/doctor.md", text, "gallery", gallery_cards(gallery))
+    return between_marks("docs/doctor.md", text, "healthy", healthy_table(healthy))
+
+
+def gallery_cards(record: dict[str, Any]) -> str:
+    rows, changed = record["scripts"], record["changed_afterwards"]
+    first = sum(row["at_first_go"] for row in rows)
+    cards = [
+        f"### {row['script'].replace('_', ' ')}\n\n{row['complaint']} ({row['link']}; "
+        f"[the script](../tests/gallery/{row['script']}.py))\n\n```\n{row['words']}\n```"
+        for row in rows
+    ]
+    others = "\n".join(f"- *{name.replace('_', ' ')}*: {what}" for name, what in changed.items())
+    return "\n\n".join(
+        [
+            f"All {len(rows)} scripts were written after the rules. When they were run for the first time, {first} of "
+            f"them had their fault named first. For the others something was changed:\n\n{others}\n\nNow all "
+            f"{len(rows)} are named first: `{record['command']}`, torch {record['torch']}.",
+            *cards,
+        ]
+    )
+
+
+def healthy_table(record: dict[str, Any]) -> str:
+    warned = [f"{row['model']} ({', '.join(row['warned'])})" for row in record["rows"] if row["warned"]]
+    rows = [
+        [f"`{name}`", f"{most['value']:.3g}", most["model"], f"{most['threshold']:.3g}"]
+        for name, most in record["greatest"].items()
+    ]
+    return (
+        f"{record['models']} models: {record['errors']} errors, {record['warnings']} warnings"
+        f"{': ' if warned else ''}{'; '.join(warned)}. The greatest value of each quantity over all of them, beside "
+        f"the threshold of its rule:\n\n{table(['quantity', 'greatest', 'in', 'threshold'], rows)}\n\n"
+        f"`{record['command']}`, torch {record['torch']}; [every model](../{DOCTOR}/healthy.json)."
+    )
+
+
 def _microseconds(record: dict[str, Any] | None, part: str) -> str:
     return "" if record is None else f"{_busy(record)}{record[part]['extra_us']['value']:+.1f} µs"
 
@@ -415,6 +504,8 @@ def pages() -> dict[Path, str]:
     """What should be in which file."""
     return {
         ROOT / "docs" / "norms.md": norms_page(),
+        ROOT / "docs" / "rules.md": rules_page(),
+        ROOT / "docs" / "doctor.md": doctor_page((ROOT / "docs" / "doctor.md").read_text(encoding="utf-8")),
         ROOT / "README.md": readme((ROOT / "README.md").read_text(encoding="utf-8")),
         ROOT / "docs" / "distributed.md": between_marks(
             "docs/distributed.md",

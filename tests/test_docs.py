@@ -34,7 +34,7 @@ def generate(monkeypatch, tmp_path):
         copy.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             copy.write_bytes(path.read_bytes())
-    for records in (module.RECORDS, module.OVERHEAD, module.SYNCHRONIZED, module.SURGERY, module.SPEEDS):
+    for records in (module.RECORDS, module.OVERHEAD, module.SYNCHRONIZED, module.SURGERY, module.SPEEDS, module.DOCTOR):
         if (ROOT / records).exists():
             (tmp_path / records).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / records).symlink_to(ROOT / records)

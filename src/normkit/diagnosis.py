@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 import normkit
-from normkit.measure import QUANTITIES, Collection, measure, packed
+from normkit.measure import QUANTITIES, Collection, packed
+from normkit.measure.collect import numbers
 from normkit.measure.neighbours import GRAPH, read_neighbours
 from normkit.measure.structure import OF_OPTIMIZER, norms_in, read_structure
 from normkit.measure.untouched import copied, in_mode, original, untouched
@@ -288,13 +289,13 @@ def diagnose(
     refused: list[Reading] = []
     try:
         neighbours, followed = read_neighbours(model, batch, call)
-        measured = measure(model, batch, loss_fn=loss_fn, optimizer=optimizer, call=call)
+        measured = numbers(model, batch, loss_fn=loss_fn, optimizer=optimizer, call=call)
     except Exception as error:
         if _TOO_FEW not in str(error):
             error.add_note("this is what the model, or the loss, raises on the batch that was given")
             raise
         refused = _up_to_refusal(original(model), batch, call)
-        (neighbours, followed), measured = read_neighbours(model), measure(model, optimizer=optimizer)
+        (neighbours, followed), measured = read_neighbours(model), numbers(model, optimizer=optimizer)
     readings = [*read_structure(model, optimizer), *neighbours, *measured, *refused]
     given = batch is not None and not refused
     taken = {"model", *(["batch"] if given else []), *(["gradients"] if given and loss_fn is not None else [])}
@@ -356,7 +357,7 @@ def _lines(finding: Finding) -> list[str]:
     lines += [f"          measured: {measured}{limit}{source}"] if measured else []
     for prescription in finding.prescriptions[:2]:
         first, *others = prescription.code.splitlines() or [prescription.action]
-        lines += [f"          do: {first}  [{prescription.safety}]", *(f"              {line}" for line in others)]
+        lines += [f"          do [{prescription.safety}]: {first}", *(f"              {line}" for line in others)]
     return [*lines, *([f"          then: {finding.check}"] if finding.check else [])]
 
 

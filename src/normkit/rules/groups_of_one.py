@@ -44,7 +44,11 @@ def find(evidence: Evidence) -> Iterator[Finding]:
                 options=(("to", "layer"),),
             ),
             Prescription(
-                "fewer groups", places[0], "each group holds several channels", "retrain", by_hand=f"num_groups={fewer}"
+                "fewer groups",
+                places[0],
+                "each group holds several channels",
+                "retrain",
+                by_hand=f"# num_groups: {fewer}",
             ),
         ),
         check="nk.diagnose(model, batch, select='groups_of_one')",
