@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from bench_cases import BRIEF, EVERY_OP, name_of
-from normkit.bench import cases, cell, memory, models, parity, peers, plan
+from normkit.bench import cases, cell, memory, models, parity, peers, plan, watched
 from normkit.bench.allocator import peak_megabytes
 from normkit.bench.cases import CASES, Case
 from normkit.bench.cell import COPY, measure
@@ -307,3 +307,24 @@ def test_a_run_that_cannot_begin_says_why(tmp_path):
     planned = plan.Plan(plan.tasks("quick", ["layer_norm"], [(6, 16)]), BRIEF, ("default",), threads=-1)
     with pytest.raises(RuntimeError, match="ended before it began"):
         run(planned, tmp_path, {})
+
+
+def test_watching_is_timed_between_samples_and_at_them(monkeypatch):
+    small = lambda: models.Transformer(layers=1, width=32, heads=2)
+    batch = lambda: models._bytes(2, 16)
+    monkeypatch.setitem(models.MODELS, "transformer", models.Setting(small, batch, models._per_symbol, "small"))
+    assert [t["model"] for t in plan.tasks("default", ["watch"])] == ["resnet50", "transformer"]
+    records = {r["implementation"]: r for r in watched.measure("transformer", "float32", BRIEF)}
+    assert list(records) == list(watched.VARIANTS)
+    assert all(r["state"] == "measured" and r["identical"] for r in records.values())
+    cost = records[watched.SAMPLED]["watch"]
+    assert cost["interval"] >= 50
+    own = max(0, cost["between_ms"]) * (cost["interval"] - 1) + max(0, cost["sample_ms"])
+    assert cost["share"] == pytest.approx(own / (cost["interval"] * records["torch"]["step"]["ms"]))
+
+
+def test_a_watch_that_changes_the_run_is_not_timed(monkeypatch):
+    monkeypatch.setattr(watched, "different", lambda *_: ["embed.weight"])
+    (record,) = watched.measure("transformer", "float32", BRIEF)
+    assert record["state"] == "refused"
+    assert "embed.weight" in record["why"]

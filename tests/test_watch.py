@@ -36,6 +36,7 @@ def test_a_watched_run_is_bit_for_bit_the_unwatched_one(name):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("how", ["wrapped", "in place"])
 def test_with_the_real_compiler(how):
     def wrap(model: nn.Module) -> nn.Module:

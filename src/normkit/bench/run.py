@@ -103,8 +103,8 @@ def _ending(status: int) -> str:
 
 def _name(task: Task) -> Record:
     """What a record says about its task, for one that never came to say it."""
-    if task["kind"] == "model":
-        return {"kind": "model", "op": task["model"], "dtype": task["dtype"], "implementation": "torch"}
+    if task["kind"] in ("model", "watch"):
+        return {"kind": task["kind"], "op": task["model"], "dtype": task["dtype"], "implementation": "torch"}
     if task["kind"] == "memory":
         return {"kind": "memory", "op": memory.OP, "dtype": task["dtype"], "implementation": "torch"}
     case = case_of(task)

@@ -42,8 +42,9 @@ class Bench:
 
     op: Annotated[list[str], tyro.conf.arg(metavar="NAME"), Several] = field(default_factory=list)
     """What to time; may be repeated, * stands for anything: batch_norm+add+relu, group_norm*, overhead (the fixed cost
-    of a call), memory (what is kept for the backward pass), synchronized (statistics of 1 to 3 processes), resnet50,
-    unet, transformer, models (training steps). Default: every op; --list shows them."""
+    of a call), memory (what is kept for the backward pass), synchronized (statistics of 1 to 3 processes), watch (a
+    training step that nk.watch watches), resnet50, unet, transformer, models (training steps). Default: every op;
+    --list shows them."""
     shape: Annotated[list[str], tyro.conf.arg(metavar="N,C,..."), Several] = field(default_factory=list)
     """Only this shape, or one of your own: 32,64,56,56. May be repeated."""
     dtype: Annotated[list[str], tyro.conf.arg(metavar="TYPE"), Several] = field(default_factory=list)
@@ -207,7 +208,7 @@ def _progress(plan: Plan, *, quiet: bool) -> Iterator[Callable[[str, Task], None
 
 
 def _words(task: Task) -> str:
-    if task["kind"] == "model":
+    if task["kind"] in ("model", "watch"):
         return f"{MODELS[task['model']].told}, {task['dtype']}"
     if task["kind"] == "memory":
         return f"{memory.OP} {task['dtype']}"
@@ -220,7 +221,7 @@ def _show_plan(plan: Plan, asked: Bench) -> None:
     listing = Printed("op", "shape", "type", "layout", "why", box=None, padding=(0, 2, 0, 0))
     rows = []
     for task in plan.tasks:
-        if task["kind"] == "model":
+        if task["kind"] in ("model", "watch"):
             rows.append([task["model"], "", task["dtype"], "", MODELS[task["model"]].told])
         elif task["kind"] == "memory":
             rows.append([memory.OP, ",".join(map(str, memory.SHAPE)), task["dtype"], "contiguous", memory.REASON])
