@@ -262,7 +262,7 @@ def diagnose(
     trains. Nothing about the model changes: buffers, gradients, modes, hooks and the random state are as before.
 
     Args:
-        model: any module.
+        model: any module; of one that is compiled or wrapped in DistributedDataParallel, the model inside.
         batch: what a loader gives: a tensor, ``(input, target)``, or a dict, of which the model gets the keys that its
             forward has. An input may itself be a tuple of positional or a dict of keyword arguments.
         loss_fn: ``(output, target)`` to a number; of a batch that is a dict or a tensor the target is the batch, as in
@@ -285,6 +285,7 @@ def diagnose(
 
     When not to use it: as a proof that training will go well. A rule says what it found, not that there is nothing.
     """
+    model = original(model)
     chosen(RULES.values(), select, ignore)  # a wrong name is said before minutes are spent
     refused: list[Reading] = []
     try:
@@ -294,7 +295,7 @@ def diagnose(
         if _TOO_FEW not in str(error):
             error.add_note("this is what the model, or the loss, raises on the batch that was given")
             raise
-        refused = _up_to_refusal(original(model), batch, call)
+        refused = _up_to_refusal(model, batch, call)
         (neighbours, followed), measured = read_neighbours(model), numbers(model, optimizer=optimizer)
     readings = [*read_structure(model, optimizer), *neighbours, *measured, *refused]
     given = batch is not None and not refused
@@ -331,7 +332,7 @@ def _inputs(subject: Subject) -> Any:
     """What surgery compares the model on, before and after: the batch, as positional or as keyword arguments."""
     if subject.batch is None or subject.call is not None:
         return None
-    args, kwargs = arguments(original(subject.model), subject.batch)
+    args, kwargs = arguments(subject.model, subject.batch)
     return args or kwargs
 
 
@@ -340,7 +341,7 @@ def _several(number: int, word: str) -> str:
 
 
 def _plain(finding: Finding) -> dict[str, Any]:
-    plain = asdict(finding)
+    plain = asdict(finding) | {"experiments": experiments(finding)}
     for data, prescription in zip(plain["prescriptions"], finding.prescriptions, strict=True):
         data["code"] = prescription.code
     return plain
@@ -358,7 +359,14 @@ def _lines(finding: Finding) -> list[str]:
     for prescription in finding.prescriptions[:2]:
         first, *others = prescription.code.splitlines() or [prescription.action]
         lines += [f"          do [{prescription.safety}]: {first}", *(f"              {line}" for line in others)]
+    lines += [f"          try: {command}" for command in experiments(finding)]
     return [*lines, *([f"          then: {finding.check}"] if finding.check else [])]
+
+
+def experiments(finding: Finding) -> list[str]:
+    """Commands that try an unsafe prescription before anything is decided: a comparison of paired runs."""
+    kinds = [str(dict(p.options).get("to")) for p in finding.prescriptions if p.operation == "convert_"]
+    return [f"normkit compare my_experiment.py:run --norms batch,{kind}" for kind in kinds]
 
 
 def _number(value: float | str) -> str:

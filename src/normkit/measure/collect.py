@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
-import itertools
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn, optim
 
-from normkit.measure import activations, evaluations, gradients, statistics, updates
+from normkit.measure import activations, evaluations, gradients, neighbours, statistics, structure, updates
+from normkit.measure.asked import asked_for
 from normkit.measure.feeding import Feeding
 from normkit.measure.observer import Observer, Seen
 from normkit.measure.quantities import QUANTITIES
@@ -61,11 +60,8 @@ class Collection:
         self._handles.clear()
 
     def _listen(self, observer: Observer, name: str, module: nn.Module, wanted: frozenset[str]) -> Any:
-        memory: dict[str, Any] = {}
-        calls = itertools.count(1)
-
         def note(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any = None) -> None:
-            self._note(observer, name, Seen(module, args, kwargs, output, next(calls), memory), wanted)
+            self._note(observer, name, Seen(module, args, kwargs, output), wanted)
 
         if observer.before:
             return module.register_forward_pre_hook(note, with_kwargs=True)
@@ -144,47 +140,48 @@ def measure(
     [('1', 32.0, 'values')]
     """
     model = original(model)
-    wanted = wanted_of(quantities, batch=batch is not None, loss=loss_fn is not None, optimizer=optimizer is not None)
+    wanted = asked_for(quantities, batch=batch is not None, loss=loss_fn is not None, optimizer=optimizer is not None)
+    readings: list[Reading] = []
+    if wanted & {quantity.name for quantity in structure.QUANTITIES}:
+        readings += structure.read_structure(model, optimizer)
+    if wanted & {quantity.name for quantity in neighbours.QUANTITIES}:
+        readings += neighbours.read_neighbours(model, batch, call)[0]
+    readings = [reading for reading in readings if reading.quantity in wanted]
+    return [*readings, *packed(_numbers(model, batch, loss_fn, optimizer, call, wanted))]
+
+
+def numbers(
+    model: nn.Module,
+    batch: Any = None,
+    *,
+    loss_fn: Loss | None = None,
+    optimizer: optim.Optimizer | None = None,
+    call: Call | None = None,
+) -> list[Reading]:
+    """As :func:`measure`, without the structure of the model: for who has read it already."""
+    wanted = asked_for(None, batch=batch is not None, loss=loss_fn is not None, optimizer=optimizer is not None)
+    return packed(_numbers(original(model), batch, loss_fn, optimizer, call, wanted))
+
+
+def _numbers(
+    model: nn.Module,
+    batch: Any,
+    loss_fn: Loss | None,
+    optimizer: optim.Optimizer | None,
+    call: Call | None,
+    wanted: frozenset[str],
+) -> Pending:
     pending: Pending = list(statistics.read_off(model, wanted))
     if batch is not None:
         run = runner(loss_fn, call)
-        pending += _training(model, batch, run, wanted, optimizer)
+        if any(wanted & {quantity.name for quantity in family} for family in _IN_TRAINING):
+            pending += _training(model, batch, run, wanted, optimizer)
         pending += evaluations.read(model, batch, run, wanted)
-    return packed(pending)
+    return pending
 
 
-def wanted_of(quantities: Iterable[str] | None, *, batch: bool, loss: bool, optimizer: bool) -> frozenset[str]:
-    """The names that are asked for.
-
-    Raises:
-        ValueError: one is unknown, or needs what is not there.
-    """
-    there = {"model": True, "batch": batch, "gradients": batch and loss, "run": False, "probe": False}
-    allowed = {name for name, quantity in QUANTITIES.items() if there[quantity.stage]}
-    allowed -= OF_OPTIMIZER if not optimizer else set()
-    if quantities is None:
-        return frozenset(allowed)
-    wanted = frozenset([quantities] if isinstance(quantities, str) else quantities)
-    for name in sorted(wanted - allowed):
-        if name not in QUANTITIES:
-            near = difflib.get_close_matches(name, QUANTITIES, n=1, cutoff=0.5)
-            suggestion = f"  did you mean {near[0]!r}?\n" if near else ""
-            raise ValueError(
-                f"there is no quantity named {name!r}.\n{suggestion}  choose from: {', '.join(sorted(QUANTITIES))}"
-            )
-        stage = QUANTITIES[name].stage
-        raise ValueError(f"measure: {name} needs {_TAKES['optimizer' if there[stage] else stage]}")
-    return wanted
-
-
-OF_OPTIMIZER = {"effective_learning_rate"}
-_TAKES = {
-    "batch": "a forward pass.\n  give batch=",
-    "gradients": "a backward pass.\n  give batch= and loss_fn=",
-    "optimizer": "learning rates.\n  give optimizer=",
-    "run": "a run that is watched.\n  use normkit.watch",
-    "probe": "passes of its own.\n  call the function of normkit.measure that returns it",
-}
+_IN_TRAINING = (statistics.BATCH, activations.QUANTITIES, gradients.QUANTITIES, updates.QUANTITIES)
+"""What the one pass in training has."""
 
 
 def _training(

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from normkit.measure.observer import Seen
 from normkit.measure.running import Run
-from normkit.measure.sites import norm_site, wide
 from normkit.measure.untouched import copied, in_mode, untouched
 from normkit.vocabulary.quantity import Quantity
 
@@ -40,14 +36,6 @@ QUANTITIES = (
     Quantity(
         "loss_batch_statistics", "batch", "loss", "the loss by batch statistics, all else in evaluation", per="model"
     ),
-    Quantity(
-        "variance_shift",
-        "batch",
-        "nats",
-        "mean over channels of log(variance of a batch norm's input in training / with dropout and all else in "
-        "evaluation, by batch statistics)",
-        "Li et al. 2019, arXiv:1801.05134",
-    ),
 )
 NAMES = frozenset(quantity.name for quantity in QUANTITIES)
 
@@ -56,62 +44,27 @@ def read(model: nn.Module, batch: Any, run: Run, wanted: frozenset[str]) -> Iter
     """Three forward passes, each from the same random state."""
     if not wanted & NAMES:
         return
-    norms = {name: m for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
-    training = _pass(model, batch, run, norms)
-    running = _pass(model, batch, run, norms, training=False)
-    found = {"train_eval_gap": distance(training.outputs, running.outputs)}
-    losses = {"loss_training": training.loss, "loss_running": running.loss}
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    losses: dict[str, Tensor | None] = {}
+    training, losses["loss_training"] = _pass(model, batch, run)
+    running, losses["loss_running"] = _pass(model, batch, run, training=False)
+    found = {"train_eval_gap": distance(training, running)}
     if norms:
-        at_rest = _pass(model, batch, run, norms, training=False, by_batch=True)
-        found["batch_statistics_gap"] = distance(at_rest.outputs, running.outputs)
-        losses["loss_batch_statistics"] = at_rest.loss
-        both = [name for name in training.variances if name in at_rest.variances]
-        for name in both if "variance_shift" in wanted else ():
-            shift = (training.variances[name] / at_rest.variances[name]).log()
-            yield "variance_shift", name, torch.where(shift.isfinite(), shift, 0).mean()
+        at_rest, losses["loss_batch_statistics"] = _pass(model, batch, run, training=False, by_batch=norms)
+        found["batch_statistics_gap"] = distance(at_rest, running)
     found |= {name: loss.detach() for name, loss in losses.items() if loss is not None}
     yield from ((quantity, "", value) for quantity, value in found.items() if quantity in wanted)
 
 
-@dataclass
-class _Pass:
-    outputs: list[Tensor] = field(default_factory=list)
-    loss: Tensor | None = None
-    variances: dict[str, Tensor] = field(default_factory=dict)
-    """Of what comes into each batch norm, by channel."""
-
-
 def _pass(
-    model: nn.Module,
-    batch: Any,
-    run: Run,
-    norms: dict[str, Any],
-    *,
-    training: bool | None = None,
-    by_batch: bool = False,
-) -> _Pass:
-    found = _Pass()
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(untouched(model))
-        stack.enter_context(in_mode(model, training))
-        stack.enter_context(torch.no_grad())
-        for name, module in norms.items():
-            module.training = module.training or by_batch
-            stack.callback(module.register_forward_pre_hook(_note(found, name), with_kwargs=True).remove)
-        output, found.loss = run(model, copied(batch))
+    model: nn.Module, batch: Any, run: Run, *, training: bool | None = None, by_batch: Sequence[nn.Module] = ()
+) -> tuple[list[Tensor], Tensor | None]:
+    with untouched(model), in_mode(model, training), torch.no_grad():
+        for module in by_batch:
+            module.training = True
+        output, loss = run(model, copied(batch))
     leaves = [leaf for leaf in pytree.tree_leaves(_plain(output)) if isinstance(leaf, Tensor)]
-    found.outputs = [leaf.detach() for leaf in leaves if leaf.is_floating_point()]
-    return found
-
-
-def _note(found: _Pass, name: str) -> Any:
-    def note(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        x, site = Seen(module, args, kwargs).input, norm_site(module)
-        laid = None if x is None or site is None else site.lay(wide(x), kwargs)
-        if laid is not None:
-            found.variances[name] = laid.mean_and_variance()[1]
-
-    return note
+    return [leaf.detach() for leaf in leaves if leaf.is_floating_point()], loss
 
 
 def _plain(output: Any) -> Any:

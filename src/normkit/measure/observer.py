@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,10 +22,6 @@ class Seen:
     args: tuple
     kwargs: Mapping[str, Any]
     output: Any = None
-    number: int = 1
-    """Which call of this module it is."""
-    memory: dict[str, Any] = field(default_factory=dict)
-    """What the observer has kept of the module's earlier calls."""
 
     @property
     def input(self) -> Tensor | None:

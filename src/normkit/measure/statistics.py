@@ -51,21 +51,6 @@ BATCH = (
     Quantity("variance_drift", "batch", "nats", "mean over channels of |log((var + eps) / (running_var + eps))|"),
     Quantity("least_variance_over_eps", "batch", "", "least variance (mean square, of an RMS norm) of a unit / eps"),
     Quantity("constant_share", "batch", "share", "units whose variance (mean square, of an RMS norm) < eps / units"),
-    Quantity("calls", "batch", "calls", "how often the norm is called in one forward pass"),
-    Quantity(
-        "calls_apart",
-        "batch",
-        "deviations",
-        "of a batch norm that is called several times: greatest distance of the statistics of a call from those of the "
-        "first, mean over channels of sqrt((mean - mean_1)² / var_1 + (std - std_1)² / var_1)",
-    ),
-    Quantity(
-        "repeated_share",
-        "batch",
-        "share",
-        "positions in the input of a batch norm at which all channels are what they are at the position before "
-        "(along the last axis), as padding is / positions",
-    ),
 )
 QUANTITIES = (*MODEL, *BATCH)
 ZERO = 1e-3
@@ -87,14 +72,11 @@ def observe(seen: Seen, wanted: frozenset[str]) -> Numbers:
         "values_per_channel": laid.count.min() * _share(seen.module, len(laid.x)),
         "least_variance_over_eps": spread.min() / eps,
         "constant_share": (spread < eps).float().mean(),
-        "calls": torch.tensor(float(seen.number)),
     }
     if wanted & {"mean_drift", "variance_drift"}:
         found |= drift(seen.module, site, laid, mean, var, eps)
-    if site.across_samples:
-        found |= apart(seen, mean, (var + eps).sqrt())
-        found |= repeated(laid) if "repeated_share" in wanted else {}
-        found |= noise(laid, mean, var) if wanted & {"batch_noise", "variance_noise"} else {}
+    if site.across_samples and wanted & {"batch_noise", "variance_noise"}:
+        found |= noise(laid, mean, var)
     return {name: value for name, value in found.items() if name in wanted}
 
 
@@ -142,25 +124,6 @@ def noise(laid: Laid, mean: Tensor, var: Tensor) -> dict[str, Tensor]:
         "batch_noise": rms(of_sample(deviations).var(0) / n / var),
         "variance_noise": rms(of_sample(deviations.square()).var(0) / n / var.square()),
     }
-
-
-def apart(seen: Seen, mean: Tensor, std: Tensor) -> dict[str, Tensor]:
-    """How far the statistics of this call, and those before it, are from those of the first."""
-    first_mean, first_std = seen.memory.setdefault("first", (mean, std))
-    if seen.number == 1:
-        return {}
-    now = (((mean - first_mean).square() + (std - first_std).square()).sqrt() / first_std).mean()
-    greatest = torch.maximum(now, seen.memory.get("apart", now))
-    seen.memory["apart"] = greatest
-    return {"calls_apart": greatest}
-
-
-def repeated(laid: Laid) -> dict[str, Tensor]:
-    """How much of (n, c, s...) stands still along its last axis."""
-    if laid.x.dim() < 3 or laid.x.shape[-1] < 2:
-        return {}
-    same = (laid.x[..., 1:] == laid.x[..., :-1]).all(1)
-    return {"repeated_share": same.sum() / (same.numel() // same.shape[-1] * laid.x.shape[-1])}
 
 
 def read_off(model: nn.Module, wanted: frozenset[str]) -> Iterator[tuple[str, str, Tensor]]:
