@@ -29,8 +29,10 @@ from normkit.report import bench_summary, bench_synchronized, small_batches
 from normkit.report.words import verdict
 from normkit.rules import RULES
 from normkit.rules.rule import Rule
+from normkit.vocabulary.quantity import STAGES
 from normkit.vocabulary.record import read_lines
 from normkit.vocabulary.spec import REGISTRY, Family, Spec, pooled
+from normkit.watching.quantities import ALL as ALL_QUANTITIES
 from normkit.watching.quantities import ALL as MEASURED
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,6 +40,7 @@ COMMAND = "python docs/generate.py"
 NORMS, RESULTS, SPEED, CALL, PASSES = "norms", "results", "speed", "call", "passes"
 """What README.md and docs/benchmarks.md have marks for: ``<!-- norms:begin -->`` and ``<!-- norms:end -->``."""
 HOLDS, BROKEN = "✓", ""
+NOTHING = "–"
 RESTORES = "restores"
 """The one law that is not about a change of the input."""
 RECORDS = Path("records") / "compare"
@@ -500,6 +503,25 @@ def benchmarks(text: str) -> str:
     return between_marks("docs/benchmarks.md", text, PASSES, measured_passes(ROOT))
 
 
+def quantities() -> str:
+    """Every quantity, by what it takes."""
+    parts = []
+    for stage, takes in STAGES.items():
+        rows = [
+            [f"`{q.name}`", q.per, q.unit or NOTHING, cell(q.formula), q.paper or NOTHING]
+            for q in ALL_QUANTITIES.values()
+            if q.stage == stage
+        ]
+        title = f"### {stage}: {takes}"
+        parts.append(f"{title}\n\n{table(['name', 'per', 'unit', 'what it is', 'source'], rows)}")
+    return "\n\n".join(parts)
+
+
+def cell(text: str) -> str:
+    """A formula inside a table, where a bar would end the cell and a star begin italics."""
+    return text.replace("|", "\\|").replace("*", "\\*").replace("<", "&lt;").replace(">", "&gt;")
+
+
 def pages() -> dict[Path, str]:
     """What should be in which file."""
     return {
@@ -520,6 +542,12 @@ def pages() -> dict[Path, str]:
             )
             for name, content in (("convert", converted_norms), ("calibrate", calibrated_averages))
         },
+        ROOT / "docs" / "quantities.md": between_marks(
+            "docs/quantities.md",
+            (ROOT / "docs" / "quantities.md").read_text(encoding="utf-8"),
+            "quantities",
+            quantities(),
+        ),
         ROOT / "docs" / "benchmarks.md": benchmarks((ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")),
     }
 

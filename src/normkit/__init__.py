@@ -52,7 +52,7 @@ from normkit.statistics.virtual import reference_batch
 from normkit.vocabulary.spec import Spec
 
 if _TYPE_CHECKING:
-    from normkit import blocks, lab, strategies
+    from normkit import blocks, lab, measure, strategies
     from normkit.blocks import (
         GRU,
         LSTM,
@@ -149,6 +149,7 @@ __all__ = [  # noqa: RUF022 (plainly sorted, capitals or not)
     "lab",
     "laws",
     "list_norms",
+    "measure",
     "merge_statistics_",
     "param_groups",
     "plain_state_dict",
@@ -184,6 +185,7 @@ _LATER = {
     "Diagnosis": "normkit.diagnosis",
     "diagnose": "normkit.diagnosis",
     "lab": "normkit.lab",  # experiments need the extra packages of normkit[lab]
+    "measure": "normkit.measure",
     "accelerate_": "normkit.surgery",
     "calibrate_": "normkit.surgery",
     "convert_": "normkit.surgery",
