@@ -79,8 +79,8 @@ def _strip(data: Data) -> list[str]:
         lines.append(f"{watched['steps']} steps, {watched['samples']} of them sampled")
         overhead = watched["overhead"]
         lines.append(
-            f"watching took {share(overhead['share'])} of the time: {overhead['sample_ms']:.3g} ms per sample, "
-            f"{overhead['interval']} steps apart, {overhead['step_ms']:.3g} ms per step"
+            f"watching added {share(overhead['share'])} to the training time: {overhead['sample_ms']:.3g} ms per "
+            f"sample, {overhead['interval']} steps apart, {overhead['step_ms']:.3g} ms per step"
         )
     environment = data.get("environment") or {}
     where = [f"{key} {environment[key]}" for key in ("torch", "processor", "device", "commit") if environment.get(key)]

@@ -6,10 +6,10 @@ import math
 from typing import Any
 
 from normkit.report.document import Block, Code, Part, Text
-from normkit.report.labels import listing
+from normkit.report.figures import drawn
+from normkit.report.labels import listing, sentence
 from normkit.vocabulary.evidence import Evidence
 
-SEVERITIES = {"error": "error", "warning": "warning", "note": "note"}
 SAFETY = {
     "identical": "computes the same in training and in evaluation",
     "train_identical": "computes the same in training; evaluation changes",
@@ -41,8 +41,8 @@ def _part(index: int, finding: dict[str, Any], evidence: Evidence) -> Part:
     for prescription in finding.get("prescriptions", ()):
         blocks += _prescription(prescription)
     if finding.get("check"):
-        blocks += [Text("To check it:", "note"), Code(finding["check"])]
-    return Part(finding["claim"], blocks, finding["severity"], f"finding-{index}")
+        blocks.append(Text(f"To check it: {finding['check']}", "note"))
+    return Part(_capital(finding["claim"]), blocks, finding["severity"], f"finding-{index}")
 
 
 def _where(finding: dict[str, Any]) -> str:
@@ -64,15 +64,18 @@ def _measured(finding: dict[str, Any]) -> str:
 def _prescription(prescription: dict[str, Any]) -> list[Block]:
     action = prescription["action"] + (f": {prescription['detail']}" if prescription.get("detail") else "")
     code = prescription.get("code") or prescription.get("by_hand")
-    safety = SAFETY.get(prescription.get("safety", ""), "")
-    told = f"What to do: {action}. {prescription.get('reason', '')}".strip()
-    return [Text(f"{told} It {safety}." if safety else told), *([Code(code)] if code else [])]
+    told = [f"What to do: {sentence(action)[:1].lower()}{sentence(action)[1:]}"]
+    told += [sentence(prescription["reason"])] if prescription.get("reason") else []
+    told += [f"It {SAFETY[prescription['safety']]}."] if prescription.get("operation") else []
+    return [Text(" ".join(told)), *([Code(code)] if code else [])]
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _sparkline(index: int, finding: dict[str, Any], evidence: Evidence) -> list[Block]:
     """The quantity over the run where the finding lies first; nothing for fewer than three samples."""
-    from normkit.report.figures import drawn
-
     for module in finding.get("modules") or ("",):
         points = numbers(evidence, finding.get("quantity", ""), module)
         if len([v for _, v in points if math.isfinite(v)]) >= 3:

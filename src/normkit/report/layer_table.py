@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -113,7 +114,8 @@ def _at(findings: Sequence[dict[str, Any]], module: str) -> list[dict[str, Any]]
 
 def _told(findings: Sequence[dict[str, Any]], module: str) -> str:
     """In words too: colour alone tells some readers nothing."""
-    return ", ".join(f"{finding['severity']}: {finding['rule']}" for finding in _at(findings, module))
+    counts = Counter(finding["severity"] for finding in _at(findings, module))
+    return ", ".join(f"{number} {kind}{'' if number == 1 else 's'}" for kind, number in counts.items())
 
 
 def _worst(findings: Sequence[dict[str, Any]], module: str) -> str | None:

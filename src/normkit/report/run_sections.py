@@ -48,7 +48,7 @@ def three_curves(evidence: Evidence) -> list[Section]:
         )
     own = {"loss": numbers(evidence, "loss", ""), "learning rate": numbers(evidence, "learning_rate", "")}
     for words, points in own.items():
-        if len(points) > 1:
+        if len({value for _, value in points}) > 1:
             blocks += drawn("over_steps.curves", {words: points}, words, words, words.replace(" ", "-"))
     return [Section("statistics", "Train mode, running statistics, batch statistics", blocks)] if blocks else []
 
@@ -66,14 +66,20 @@ def heat_maps(evidence: Evidence) -> list[Section]:
     for quantity, title, unit in MAPS:
         values = {
             (module, step): number
-            for module in evidence.modules(quantity)
+            for module in _rows(evidence, quantity)
             for step, number in numbers(evidence, quantity, module)
         }
         steps = sorted({step for _, step in values})
         if len(steps) > 1:
-            layers = [module for module in evidence.modules(quantity) if any(layer == module for layer, _ in values)]
+            layers = list(dict.fromkeys(layer for layer, _ in values))
             blocks += drawn("heat.heat_map", title, unit, layers, steps, values, f"map-{quantity}")
     return [Section("maps", "Layer by step", [Text(ONE_SCALE, "note"), *blocks])] if blocks else []
+
+
+def _rows(evidence: Evidence, quantity: str) -> tuple[str, ...]:
+    """Of gradients, those of weight matrices, which are what the ratio is read of: biases would be half of the map."""
+    matrices = evidence.modules("gradient_to_weight") if quantity == "gradient_norm" else ()
+    return matrices or evidence.modules(quantity)
 
 
 ONE_SCALE = (
