@@ -117,6 +117,55 @@ def test_transformers(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_strategy_in_lightning():
+    pl = pytest.importorskip("pytorch_lightning", reason="pytorch-lightning is not installed")
+    from normkit.integrations.lightning import NormSchedule
+
+    class Net(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = network()
+
+        def training_step(self, batch, index):
+            return F.cross_entropy(self.model(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 100)]
+
+    schedule, net = NormSchedule("batch -> frozen@50% lr/10"), Net()
+    options = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    trainer = pl.Trainer(max_steps=STEPS, accelerator="cpu", logger=False, callbacks=[schedule], **options)
+    trainer.fit(net, DataLoader(data(), batch_size=8))
+    assert [line["step"] for line in schedule.attached.record] == [STEPS // 2]
+    assert net.model[1].frozen
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.01)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_strategy_in_transformers(tmp_path):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+
+    import normkit as nk
+    from normkit.integrations.transformers import NormSchedule
+
+    config = BertConfig(
+        vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, num_labels=3
+    )
+    rows = [{"input_ids": torch.randint(32, (10,)), "labels": torch.tensor(index % 3)} for index in range(48)]
+    schedule = NormSchedule("layer -> rms@50%")
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=STEPS, save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True
+    )
+    model = BertForSequenceClassification(config)
+    Trainer(model, arguments, train_dataset=rows, callbacks=[schedule]).train()
+    assert [(line["step"], "failed" in line) for line in schedule.attached.record] == [(STEPS // 2, False)]
+    assert isinstance(model.bert.embeddings.LayerNorm, nk.RMSNorm)
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_tensorboard(tmp_path):
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -339,6 +339,19 @@ def inner(model: nn.Module) -> nn.Module:
     return found
 
 
+def refuse_resumed(step: int) -> None:
+    """For hosts whose checkpoints do not hold where a strategy is.
+
+    Raises:
+        RuntimeError: steps have been taken before.
+    """
+    if step:
+        raise RuntimeError(
+            f"the run is resumed at step {step}, and its checkpoint does not say where the strategy was.\n"
+            "  use normkit.strategies.attach in a loop of your own, whose checkpoints hold attached.state_dict()"
+        )
+
+
 def _several(strategy: Strategy | str | Sequence[Strategy]) -> list[Strategy]:
     given = [strategy] if isinstance(strategy, (Strategy, str)) else list(strategy)
     return [parse(each) if isinstance(each, str) else each for each in given]

@@ -1,4 +1,4 @@
-"""Lightning: a callback that watches a training. ``Trainer(callbacks=[NormMonitor(out="runs/a")])``.
+"""Lightning: callbacks that watch a training and change its norms. ``Trainer(callbacks=[NormMonitor(out="runs/a")])``.
 
 Lightning is imported with this module and nowhere else, under either of its names.
 """
@@ -11,7 +11,9 @@ from typing import Any
 
 from torch import nn
 
+from normkit.loop import Attached, attach, refuse_resumed
 from normkit.watching import Watch, watch
+from normkit.watching.listening import torch_optimizer
 
 
 def _host() -> Any:
@@ -71,6 +73,54 @@ class NormMonitor(_Callback):
     def _close(self) -> None:
         if self.watch is not None:
             self.watch.close()
+
+
+class NormSchedule(_Callback):
+    """Changes normalization while the training goes on, as :func:`normkit.strategies.attach` does in any loop.
+
+    The total number of steps, the steps of an epoch and the first scheduler are the Trainer's.
+
+    Args:
+        strategy: as :func:`normkit.strategies.attach` takes it: ``"batch -> frozen@50% lr/10"``.
+        module: the name of the submodule, as for :class:`NormMonitor`.
+        options: further options of ``attach``.
+
+    A run that is resumed behind a switch is refused: Lightning loads the weights before it asks the callback, into a
+    model that is not what it was. Use ``attach`` in a loop of your own there.
+
+    >>> from normkit.integrations.lightning import NormSchedule       # doctest: +SKIP
+    >>> trainer = L.Trainer(callbacks=[NormSchedule("batch -> frozen@50% lr/10")])       # doctest: +SKIP
+    """
+
+    def __init__(self, strategy: Any, module: str | None = None, **options: Any) -> None:
+        super().__init__()
+        self.strategy, self.module, self.options = strategy, module, options
+        self.attached: Attached | None = None
+        """What was done, once the training has begun."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        refuse_resumed(trainer.global_step)
+        options = {"total_steps": int(trainer.estimated_stepping_batches), **self.options}
+        options.setdefault("steps_per_epoch", -(-trainer.num_training_batches // trainer.accumulate_grad_batches))
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        options.setdefault("scheduler", next(iter(schedulers), None))
+        optimizer = torch_optimizer(trainer.optimizers[0])
+        self.attached = attach(part(pl_module, self.module), optimizer, self.strategy, **options)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        if self.attached is not None and loss is not None:
+            self.attached.log(loss)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self._close()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self.attached is not None:
+            self.attached.close()
 
 
 class Logged:
