@@ -66,6 +66,14 @@ def test_the_sick_are_found_and_cured(case: Case):
 
 
 @pytest.mark.parametrize("case", CASES, ids=ids)
+def test_what_is_prescribed_is_python(case: Case):
+    for finding in case.sick().diagnose(case.rule).findings:
+        for prescription in finding.prescriptions:
+            compile(prescription.code, case.rule, "exec")
+            assert prescription.reason
+
+
+@pytest.mark.parametrize("case", CASES, ids=ids)
 def test_the_well_are_left_in_peace(case: Case):
     assert case.well().diagnose(case.rule).findings == ()
 

@@ -366,7 +366,8 @@ def _lines(finding: Finding) -> list[str]:
 def experiments(finding: Finding) -> list[str]:
     """Commands that try an unsafe prescription before anything is decided: a comparison of paired runs."""
     kinds = [str(dict(p.options).get("to")) for p in finding.prescriptions if p.operation == "convert_"]
-    return [f"normkit compare my_experiment.py:run --norms batch,{kind}" for kind in kinds]
+    norms = [kind.replace("group:auto", "group:8") for kind in kinds]
+    return [f"normkit compare my_experiment.py:run --norms batch,{norm}" for norm in norms]
 
 
 def _number(value: float | str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from normkit.norm import Norm
+from normkit.statistics import Running, Synchronized
+from normkit.surgery.recast import is_called_a_norm
 from normkit.vocabulary.quantity import Quantity
 from normkit.vocabulary.reading import Reading
 
@@ -25,7 +26,6 @@ _TORCH: tuple[tuple[Any, str], ...] = (
     (nn.LayerNorm, LAYER),
     (nn.RMSNorm, RMS),
 )
-_NAMED = re.compile(r"Norm(?:Act)?(?:[123]d)?$")
 
 
 def _quantity(name: str, formula: str, unit: str = "", per: Any = "module") -> Quantity:
@@ -43,7 +43,9 @@ QUANTITIES = (
     ),
     _quantity("in_training", "whether the layer is in training mode", FLAG),
     _quantity("keeps_statistics", "whether a batch norm has running statistics", FLAG),
-    _quantity("frozen", "whether a layer of normkit was frozen by nk.freeze_", FLAG),
+    _quantity(
+        "frozen", "whether it normalises by running statistics in training too, as after nk.freeze_", FLAG
+    ),
     _quantity("affine_frozen", "whether weight and bias are there and none of them gets gradients", FLAG),
     _quantity("batches_seen", "num_batches_tracked", "batches"),
     _quantity("statistics_dtype", "type of the running statistics"),
@@ -79,8 +81,8 @@ def kind_of(module: nn.Module) -> str:
     for cls, name in _TORCH:
         if isinstance(module, cls):
             return name
-    called = type(module).__name__
-    return called if _NAMED.search(called) and next(module.children(), None) is None else ""
+    alone = next(module.children(), None) is None
+    return type(module).__name__ if alone and is_called_a_norm(module) else ""
 
 
 def norms_in(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
@@ -146,11 +148,9 @@ _CHANNELS = ("num_features", "num_channels")
 
 
 def _of_running_statistics(module: nn.modules.batchnorm._NormBase) -> Iterator[tuple[str, Any]]:
-    synchronized = isinstance(module, nn.SyncBatchNorm) or type(getattr(module, "statistics", None)).__name__ in (
-        "Synchronized",
-    )
-    yield "synchronized", float(synchronized)
-    yield "frozen", float(bool(getattr(module, "frozen", False)))
+    policy = getattr(module, "statistics", None)
+    yield "synchronized", float(isinstance(module, nn.SyncBatchNorm) or isinstance(policy, Synchronized))
+    yield "frozen", float(bool(getattr(module, "frozen", False)) or isinstance(policy, Running))
     yield "accumulates", float(getattr(getattr(module, "hold", None), "pending", None) is not None)
     yield "momentum", "average" if module.momentum is None else float(module.momentum)
     mean, var, seen = module.running_mean, module.running_var, module.num_batches_tracked
