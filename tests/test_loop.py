@@ -278,6 +278,8 @@ def test_what_is_missing_is_named_before_training():
         attach(model, optimizer, "frozen@50%")
     with pytest.raises(ValueError, match="steps_per_epoch="):
         attach(model, optimizer, "frozen@2ep")
+    with pytest.raises(ValueError, match="ends at step 10, and starts at 20"):
+        attach(model, optimizer, "batch -> taper@20-10%", total_steps=100)
     with pytest.raises(ValueError, match="every=0"):
         attach(model, optimizer, Freeze(3), every=0)
     attached = attach(model, optimizer, Freeze(3))

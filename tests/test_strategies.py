@@ -182,7 +182,7 @@ def test_a_point_that_is_not_known_in_steps_names_the_argument():
     with pytest.raises(ValueError, match="steps_per_epoch="):
         Freeze("5ep").update({"done": False}, Moment(1, 100), Evidence([]))
     with pytest.raises(ValueError, match="ends at step 10, and starts at 20"):
-        replay(Taper(start="20%", end="10%"))
+        Taper(start="20%", end="10%").check(Moment(0, 100))
 
 
 def test_the_menu_is_public():

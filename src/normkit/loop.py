@@ -25,7 +25,7 @@ from normkit.strategies.coupling import KEEP, Coupling
 from normkit.strategies.recalibrate import Recalibrate
 from normkit.strategies.strategy import Strategy, flattened
 from normkit.strategies.text import parse
-from normkit.strategies.trigger import At, Moment
+from normkit.strategies.trigger import Moment
 from normkit.surgery import probe
 from normkit.surgery.carry_out import carry_out
 from normkit.vocabulary.certificate import Certificate
@@ -148,11 +148,9 @@ class Attached:
         return self
 
     def _check(self) -> None:
-        points = [t for s in self.strategies for t in s.triggers if isinstance(t, At)]
-        for point in points:
-            point.steps(self.moment)
         each = [one for s in self.strategies for one in flattened(s)]
         for strategy in each:
+            strategy.check(self.moment)
             self.step_size.check(strategy.coupling)
         if any(isinstance(strategy, Recalibrate) for strategy in each) and self.loader is None:
             raise ValueError("attach: a strategy recalibrates, and there are no data for it: give loader=")

@@ -43,6 +43,12 @@ class Strategy:
             raise ValueError(f"{self}: the model has no module {missing[0]!r}; names are those of named_modules()")
         return {"done": False}
 
+    def check(self, moment: Moment) -> None:
+        """Raises ValueError where a point of training is not known in steps; ``moment`` has what is known."""
+        for trigger in self.triggers:
+            if isinstance(trigger, At):
+                trigger.steps(moment)
+
     def update(self, state: State, moment: Moment, evidence: Evidence) -> list[Prescription]:
         """What shall be done now, after this step; most often nothing. ``state`` changes in place.
 
@@ -117,10 +123,13 @@ class Ramp(Strategy):
     def init(self, model: nn.Module, optimizer: optim.Optimizer | None = None) -> State:
         return {**super().init(model, optimizer), "at": -1}
 
-    def update(self, state: State, moment: Moment, evidence: Evidence) -> list[Prescription]:
+    def check(self, moment: Moment) -> None:
         first, last = (point.steps(moment) for point in self.triggers)
         if last <= first:
             raise ValueError(f"{type(self).__name__}: it ends at step {last}, and starts at {first}")
+
+    def update(self, state: State, moment: Moment, evidence: Evidence) -> list[Prescription]:
+        first, last = (point.steps(moment) for point in self.triggers)
         if state["done"] or moment.step < first:
             return []
         at = min(self.increments, int(self.increments * (moment.step - first) / (last - first)))
