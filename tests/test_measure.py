@@ -366,13 +366,36 @@ def test_effective_learning_rates_of_weights_right_before_a_norm():
     optimizer = torch.optim.SGD(
         [{"params": model[0].parameters(), "lr": 0.5}, {"params": model[5].parameters()}], lr=0.1
     )
-    found = numbers(model, torch.randn(9, 4), optimizer=optimizer)
+    batch = torch.randn(9, 4), torch.randn(9, 2)
+    found = numbers(model, batch, loss_fn=F.mse_loss, optimizer=optimizer)
     rates = {name: value for (quantity, name), value in found.items() if quantity == "effective_learning_rate"}
     expected = {
         "0.weight": 0.5 / float(model[0].weight.detach().square().sum()),
         "5.weight": 0.1 / float(model[5].weight.detach().square().sum()),
     }
     assert rates == {name: pytest.approx(value) for name, value in expected.items()}
+
+
+class PreActivation(nn.Module):
+    """What the layer hands to the norm goes past it as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm, self.out = nn.Linear(4, 6), nk.BatchNorm1d(6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.out(x + torch.relu(self.norm(x)))
+
+
+def test_a_weight_that_is_read_past_the_norm_has_a_scale():
+    model, batch = PreActivation(), (torch.randn(9, 4), torch.randn(9, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    asked = ["effective_learning_rate"]
+    assert measure(model, batch, loss_fn=F.mse_loss, optimizer=optimizer, quantities=asked) == []
+    model.forward = lambda x: model.out(torch.relu(model.norm(model.stem(x))))
+    found = measure(model, batch, loss_fn=F.mse_loss, optimizer=optimizer, quantities=asked)
+    assert [(reading.quantity, reading.module) for reading in found] == [("effective_learning_rate", "stem.weight")]
 
 
 def test_how_often_running_statistics_move_per_step():
@@ -432,7 +455,7 @@ def test_what_cannot_be_measured_is_said(asked, words):
 
 def test_learning_rates_take_an_optimizer():
     with pytest.raises(ValueError, match="effective_learning_rate needs learning rates"):
-        measure(nn.Linear(2, 2), torch.randn(3, 2), quantities=["effective_learning_rate"])
+        measure(nn.Linear(2, 2), torch.randn(3, 2), loss_fn=F.mse_loss, quantities=["effective_learning_rate"])
 
 
 @pytest.mark.parametrize("loss", [lambda output, _: output, lambda output, _: 3.0])

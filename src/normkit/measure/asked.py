@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-from normkit.measure import structure
+from normkit.measure import structure, updates
 from normkit.measure.quantities import QUANTITIES
 
 
@@ -33,7 +33,7 @@ def asked_for(quantities: Iterable[str] | None, *, batch: bool, loss: bool, opti
     return wanted
 
 
-OF_OPTIMIZER = {"effective_learning_rate", *structure.OF_OPTIMIZER}
+OF_OPTIMIZER = {updates.EFFECTIVE, *structure.OF_OPTIMIZER}
 _TAKES = {
     "batch": "a forward pass.\n  give batch=",
     "gradients": "a backward pass.\n  give batch= and loss_fn=",

@@ -50,7 +50,7 @@ class Collection:
                 wanted = self.quantities & {quantity.name for quantity in observer.quantities}
                 if wanted and observer.listens_to(module):
                     self._handles.append(self._listen(observer, name, module, wanted))
-            if "effective_learning_rate" in self.quantities:
+            if updates.EFFECTIVE in self.quantities:
                 self._handles += self._feeding.listen(name, module)
         return self
 
@@ -75,9 +75,9 @@ class Collection:
         self._found.update({(quantity, name): value for quantity, value in found.items()})
 
     @property
-    def scale_free(self) -> dict[str, str]:
-        """By name of a weight whose scale did not matter in what was seen, the norm right behind it."""
-        return self._feeding.scale_free
+    def before_norms(self) -> dict[str, str]:
+        """By name of a weight whose output a norm was given that takes its scale away, that norm."""
+        return self._feeding.before_norms
 
     def pending(self) -> Pending:
         """What was seen so far, in the order of the first calls."""
@@ -147,7 +147,7 @@ def measure(
     if wanted & {quantity.name for quantity in neighbours.QUANTITIES}:
         readings += neighbours.read_neighbours(model, batch, call)[0]
     readings = [reading for reading in readings if reading.quantity in wanted]
-    return [*readings, *packed(_numbers(model, batch, loss_fn, optimizer, call, wanted))]
+    return [*readings, *_numbers(model, batch, loss_fn, optimizer, call, wanted)]
 
 
 def numbers(
@@ -160,7 +160,7 @@ def numbers(
 ) -> list[Reading]:
     """As :func:`measure`, without the structure of the model: for who has read it already."""
     wanted = asked_for(None, batch=batch is not None, loss=loss_fn is not None, optimizer=optimizer is not None)
-    return packed(_numbers(original(model), batch, loss_fn, optimizer, call, wanted))
+    return _numbers(original(model), batch, loss_fn, optimizer, call, wanted)
 
 
 def _numbers(
@@ -170,14 +170,15 @@ def _numbers(
     optimizer: optim.Optimizer | None,
     call: Call | None,
     wanted: frozenset[str],
-) -> Pending:
-    pending: Pending = list(statistics.read_off(model, wanted))
+) -> list[Reading]:
+    taken = wanted | {updates.ALONG} if updates.EFFECTIVE in wanted else wanted
+    pending: Pending = list(statistics.read_off(model, taken))
     if batch is not None:
         run = runner(loss_fn, call)
-        if any(wanted & {quantity.name for quantity in family} for family in _IN_TRAINING):
-            pending += _training(model, batch, run, wanted, optimizer)
-        pending += evaluations.read(model, batch, run, wanted)
-    return pending
+        if any(taken & {quantity.name for quantity in family} for family in _IN_TRAINING):
+            pending += _training(model, batch, run, taken, optimizer)
+        pending += evaluations.read(model, batch, run, taken)
+    return [reading for reading in updates.only_scale_free(packed(pending)) if reading.quantity in wanted]
 
 
 _IN_TRAINING = (statistics.BATCH, activations.QUANTITIES, gradients.QUANTITIES, updates.QUANTITIES)
@@ -197,7 +198,7 @@ def _training(
         _, loss = run(model, copied(batch))
         pending = collection.pending()
         if optimizer is not None:
-            pending += updates.effective(model, updates.learning_rates(model, optimizer), collection.scale_free)
+            pending += updates.effective(model, updates.learning_rates(model, optimizer), collection.before_norms)
         if backward and loss is not None:
             pending += gradients.read(gradients.of_loss(model, loss), wanted)
     return pending

@@ -1,4 +1,4 @@
-"""Feeding: which layers hand their output straight to a norm, so that the scale of their weight does not matter."""
+"""Feeding: which layers hand their output straight to a norm that takes the scale of their weight away."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Feeding:
     """Listens to one forward pass: the object that a layer returns is the one that a norm is given."""
 
     def __init__(self) -> None:
-        self.scale_free: dict[str, str] = {}
+        self.before_norms: dict[str, str] = {}
         """By name of the weight, the norm behind it."""
         self._made: list[tuple[weakref.ref, str, nn.Module]] = []
 
@@ -27,7 +27,7 @@ class Feeding:
         if norm_site(module) is not None:
             return [module.register_forward_pre_hook(self._taken(name), with_kwargs=True)]
         weight = module._parameters.get("weight")
-        if weight is None or weight.dim() < 2:
+        if weight is None or weight.dim() < 2 or isinstance(module, nn.Embedding):
             return []
         return [module.register_forward_hook(self._given(f"{name}.weight" if name else "weight"))]
 
@@ -43,7 +43,7 @@ class Feeding:
             x = Seen(module, args, kwargs).input
             for made, weight, layer in self._made:
                 if x is not None and made() is x and takes_scale_away(module, layer):
-                    self.scale_free[weight] = norm
+                    self.before_norms[weight] = norm
 
         return note
 

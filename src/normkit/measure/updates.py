@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,9 @@ from torch import Tensor, nn, optim
 
 from normkit.measure.sites import wide
 from normkit.vocabulary.quantity import Quantity
+from normkit.vocabulary.reading import Reading
 
+EFFECTIVE, ALONG = "effective_learning_rate", "gradient_along_weight"
 QUANTITIES = (
     Quantity("update_to_weight", "run", "", "||w' - w|| / ||w||, w': the weight after the step", per="parameter"),
     Quantity(
@@ -30,10 +32,11 @@ QUANTITIES = (
         "how often num_batches_tracked has counted per step of the optimizer",
     ),
     Quantity(
-        "effective_learning_rate",
-        "batch",
+        EFFECTIVE,
+        "gradients",
         "",
-        "learning rate / ||w||², of weights right before a norm, whose scale does not matter; needs the optimizer",
+        "learning rate / ||w||², of weights right before a norm whose gradient_along_weight < 1e-3: their scale does not "
+        "matter; needs the optimizer",
         "van Laarhoven 2017, arXiv:1706.05350",
         per="parameter",
     ),
@@ -65,13 +68,26 @@ def learning_rates(model: nn.Module, optimizer: optim.Optimizer) -> dict[str, An
     return {name: rates[id(p)] for name, p in model.named_parameters() if id(p) in rates}
 
 
+SCALE_FREE = 1e-3
+"""Greatest cosine of gradient and weight that rounding and eps leave of 0.
+
+Right before a norm, and orthogonal: what a layer hands to a norm may go past it as well.
+"""
+
+
 def effective(
-    model: nn.Module, rates: Mapping[str, Any], scale_free: Mapping[str, str]
+    model: nn.Module, rates: Mapping[str, Any], before_norms: Mapping[str, str]
 ) -> Iterator[tuple[str, str, Tensor]]:
-    """Effective learning rates of the weights in ``scale_free``: :meth:`Collection.scale_free`."""
+    """Learning rates over squared lengths, of the weights in :attr:`Collection.before_norms`."""
     for name, parameter in model.named_parameters():
-        if name in scale_free and name in rates:
-            yield "effective_learning_rate", name, rates[name] / wide(parameter).square().sum()
+        if name in before_norms and name in rates:
+            yield EFFECTIVE, name, rates[name] / wide(parameter).square().sum()
+
+
+def only_scale_free(readings: Sequence[Reading]) -> list[Reading]:
+    """Without effective learning rates of weights whose gradient is not orthogonal to them, or not known."""
+    free = {r.module for r in readings if r.quantity == ALONG and isinstance(r.value, float) and r.value < SCALE_FREE}
+    return [reading for reading in readings if reading.quantity != EFFECTIVE or reading.module in free]
 
 
 def moves(before: Mapping[str, Tensor], model: nn.Module, steps: int) -> Iterator[tuple[str, str, Tensor]]:

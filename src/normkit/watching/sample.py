@@ -65,7 +65,7 @@ class Wanted:
     @property
     def of_a_batch(self) -> frozenset[str]:
         """The quantities that a forward pass shows."""
-        return frozenset(name for name in self.quantities if ALL[name].stage == "batch")
+        return frozenset(n for n in self.quantities if ALL[n].stage == "batch" or n == updates.EFFECTIVE)
 
     def passed(self, model: nn.Module, pending: Pending) -> Pending:
         """What the filter lets through; a parameter goes with the module that owns it."""
@@ -100,8 +100,8 @@ def of_the_batch(model: nn.Module, optimizer: optim.Optimizer, batch: Batch, wan
     with untouched(model), in_mode(model, None), torch.no_grad(), Collection(model, names) as collection:
         loss = _loss_of(batch.run(model))
         pending = collection.pending()
-    if "effective_learning_rate" in names:
-        pending += updates.effective(model, updates.learning_rates(model, optimizer), collection.scale_free)
+    if updates.EFFECTIVE in names:
+        pending += updates.effective(model, updates.learning_rates(model, optimizer), collection.before_norms)
 
     def run(model: nn.Module, batch: Any) -> tuple[Any, Tensor | None]:
         output = batch.run(model)

@@ -251,7 +251,7 @@ class Watch:
         step, model = self.steps, self.model
         now = dict(model.named_parameters())
         moved = list(updates.read(self._weights, now, self.wanted.quantities)) if self._weights else []
-        readings = packed([*self._pending, *self.wanted.passed(model, moved)], step)
+        readings = updates.only_scale_free(packed([*self._pending, *self.wanted.passed(model, moved)], step))
         self._pending, self._weights = [], {}
         readings += self._told(step)
         with contextlib.suppress(Exception):
