@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from normkit.lab.initial import weights_of
 from normkit.lab.journal import Journal
 from normkit.lab.step import Step
+from normkit.measure import sites
+from normkit.measure.untouched import untouched
 from normkit.norms.switchable_norm import SwitchableNorm
 
 ACTIVATIONS = (
@@ -74,9 +76,8 @@ def activation_inputs(model: nn.Module, batch: Any) -> dict[str, Tensor]:
         if isinstance(module, ACTIVATIONS)
     ]
     try:
-        with torch.no_grad(), untouched_generators():
-            buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-            torch.func.functional_call(model, buffers, (batch,))
+        with torch.no_grad(), untouched(model):
+            model(batch)
     finally:
         for hook in hooks:
             hook.remove()
@@ -97,8 +98,7 @@ def untouched_generators() -> Iterator[None]:
 
 def by_unit(x: Tensor) -> Tensor:
     """(samples, units): axis 1 holds the units of (n, c) and images (n, c, h, w), the last axis those of (n, t, c)."""
-    units = x if x.ndim == 3 else x.movedim(1, -1)
-    return units.reshape(-1, units.shape[-1]).float()
+    return sites.by_unit(x).float()
 
 
 def gradient_norms(model: nn.Module) -> dict[str, float]:

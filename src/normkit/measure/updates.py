@@ -35,8 +35,8 @@ QUANTITIES = (
         EFFECTIVE,
         "gradients",
         "",
-        "learning rate / ||w||², of weights right before a norm whose gradient_along_weight < 1e-3: their scale does not "
-        "matter; needs the optimizer",
+        "learning rate / ||w||², of weights right before a norm whose gradient_along_weight < 1e-3: "
+        "their scale does not matter; needs the optimizer",
         "van Laarhoven 2017, arXiv:1706.05350",
         per="parameter",
     ),
