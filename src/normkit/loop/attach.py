@@ -6,7 +6,6 @@ Everything happens in a hook behind the optimizer's step. What was done, and by 
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
@@ -16,25 +15,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn, optim
-from torch.utils import _pytree as pytree
 
 from normkit.clipping import clip_adaptively_before_steps
-from normkit.loop_readings import Readings
-from normkit.step_size import StepSize
+from normkit.loop.outputs import MOVED, Batch, example_inputs, few, moved, outputs, samples
+from normkit.loop.readings import Readings
+from normkit.loop.step_size import StepSize
 from normkit.strategies.coupling import KEEP, Coupling
 from normkit.strategies.recalibrate import Recalibrate
 from normkit.strategies.strategy import Strategy, flattened
 from normkit.strategies.text import parse
 from normkit.strategies.trigger import Moment
-from normkit.surgery import probe
 from normkit.surgery.carry_out import carry_out
 from normkit.vocabulary.certificate import Certificate
 from normkit.vocabulary.prescription import Prescription
 
 log = logging.getLogger(__name__)
 _VALUES_ONLY = ("calibrate_", "merge_statistics_")  # what a checkpoint holds anyway
-_MOVED = {"moved_in_training": True, "moved_in_evaluation": False}
-Batch = tuple[tuple, dict[str, Any]]
 
 
 def attach(
@@ -196,7 +192,7 @@ class Attached:
             "strategy": str(strategy),
             "action": "; ".join(dict.fromkeys(p.action for p in prescriptions)),
         }
-        before, held = self._outputs(), {id(p) for p in self.model.parameters()}
+        before, held = outputs(self.model, self.batch), {id(p) for p in self.model.parameters()}
         try:
             given = self._given()
             certificates = carry_out(self.model, prescriptions, given=given)
@@ -206,9 +202,7 @@ class Attached:
         if _is_so_already(certificates):
             self._couple(coupling)
             if coupling != KEEP:
-                self._write(
-                    {**line, "changed": 0, "refused": 0, "coupling": str(coupling)} | dict.fromkeys(_MOVED, 0.0)
-                )
+                self._write({**line, "changed": 0, "refused": 0, "coupling": str(coupling)} | dict.fromkeys(MOVED, 0.0))
             return
         if reason := self._reason_against(certificates, held):
             for certificate in reversed(certificates):
@@ -221,16 +215,14 @@ class Attached:
             self._wrapped._assign_modules_buffers()  # it broadcasts those that it found when it was built
         if self._compiled:
             torch.compiler.reset()  # its guards do not look at the class of every layer
-        self.carried.append((list(prescriptions), _few(given.get("match"))))
+        self.carried.append((list(prescriptions), few(given.get("match"))))
         self._couple(coupling)
-        after = self._outputs()
         line |= {
             "changed": sum(len(certificate.changed) for certificate in certificates),
             "refused": sum(len(certificate.refused) for certificate in certificates),
             "coupling": str(coupling),
         }
-        line |= {name: _moved(before, after, training) for name, training in _MOVED.items()}
-        self._write(line)
+        self._write(line | moved(before, outputs(self.model, self.batch)))
 
     def _fail(self, line: dict[str, Any], reason: str) -> None:
         log.warning("step %d: %s failed, and the model is as it was: %s", self.moment.step, line["action"], reason)
@@ -247,8 +239,8 @@ class Attached:
 
     def _given(self) -> dict[str, Any]:
         given: dict[str, Any] = {"optimizer": self.optimizer, "loader": self.loader}
-        if self.batch is not None and _samples(self.batch) >= 2:
-            given["match"] = given["example_inputs"] = _example_inputs(self.model, self.batch)
+        if self.batch is not None and samples(self.batch) >= 2:
+            given["match"] = given["example_inputs"] = example_inputs(self.model, self.batch)
         return given
 
     def _couple(self, coupling: Coupling) -> None:
@@ -261,19 +253,6 @@ class Attached:
             self._clip.remove()
         self._clip = clip_adaptively_before_steps(self.optimizer, clip)
         self.step_size.clip = clip
-
-    def _outputs(self) -> dict[bool, list[Tensor]]:
-        """Of the last batch, in training and in evaluation; the model and random numbers are put back."""
-        if self.batch is None:
-            return {}
-        found = {}
-        for training in (True, False):
-            with probe.restored(self.model), torch.no_grad():
-                self.model.train(training)
-                output = self.model(*self.batch[0], **self.batch[1])
-            leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
-            found[training] = [leaf for leaf in leaves if leaf.is_floating_point()]
-        return found
 
     def _write(self, line: dict[str, Any]) -> None:
         self.record.append(line)
@@ -355,36 +334,10 @@ def _several(strategy: Strategy | str | Sequence[Strategy]) -> list[Strategy]:
     return [parse(each) if isinstance(each, str) else each for each in given]
 
 
-def _example_inputs(model: nn.Module, batch: Batch) -> tuple | dict[str, Any]:
-    """The arguments of a call, as surgery takes them: positional ones, or all by name."""
-    args, kwargs = batch
-    return args if not kwargs else dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
-
-
-def _few(example: Any) -> Any:
-    """Two samples of it."""
-    count = _samples(example)
-    cut = lambda leaf: leaf[:2].detach().clone() if isinstance(leaf, Tensor) and leaf.shape[:1] == (count,) else leaf
-    return pytree.tree_map(cut, example)
-
-
-def _samples(batch: Any) -> int:
-    sizes = [leaf.shape[0] for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()]
-    return sizes[0] if sizes else 0
-
-
 def _is_so_already(certificates: Sequence[Certificate]) -> bool:
     """Nothing was to be done: two increments of a ramp may come to the same number."""
     rows = [row for certificate in certificates for row in (*certificate.skipped, *certificate.refused)]
     return not any(c.changed for c in certificates) and any(row.reason.endswith("already") for row in rows)
-
-
-def _moved(before: dict[bool, list[Tensor]], after: dict[bool, list[Tensor]], training: bool) -> float | None:
-    """Root mean square change of the outputs, in standard deviations of those before."""
-    if not before or not before[training]:
-        return None
-    then, now = (torch.cat([t.double().flatten() for t in side[training]]) for side in (before, after))
-    return float((now - then).square().mean().sqrt() / then.std(correction=0).clamp_min(1e-30))
 
 
 def _same_everywhere(model: nn.Module) -> None:
