@@ -314,6 +314,7 @@ def test_watching_is_timed_between_samples_and_at_them(monkeypatch):
     batch = lambda: models._bytes(2, 16)
     monkeypatch.setitem(models.MODELS, "transformer", models.Setting(small, batch, models._per_symbol, "small"))
     assert [t["model"] for t in plan.tasks("default", ["watch"])] == ["resnet50", "transformer"]
+    assert [t["model"] for t in plan.tasks("default", ["watch_transformer"])] == ["transformer"]
     records = {r["implementation"]: r for r in watched.measure("transformer", "float32", BRIEF)}
     assert list(records) == list(watched.VARIANTS)
     assert all(r["state"] == "measured" and r["identical"] for r in records.values())

@@ -15,7 +15,11 @@ from normkit.bench.synchronized import CASES, PROCESSES
 from normkit.bench.watched import WATCHED
 
 Task = dict[str, Any]
-SPECIAL = ("memory", "models", "overhead", "synchronized", "watch", *MODELS)
+SPECIAL = (
+    *("memory", "models", "overhead", "synchronized", "watch"),
+    *(f"watch_{model}" for model in WATCHED),
+    *MODELS,
+)
 """Words of ``--op`` that are no op."""
 
 EFFORTS: dict[Level, Effort] = {
@@ -61,8 +65,9 @@ def tasks(
         found += [{**task, "processes": processes} for task in cells for processes in PROCESSES]
     if "memory" in special:
         found += [{"kind": "memory", "dtype": dtype} for dtype in dtypes or ("float32", "bfloat16")]
-    if "watch" in special:
-        found += [{"kind": "watch", "model": model, "dtype": d} for model in WATCHED for d in dtypes or ("float32",)]
+    for model in WATCHED:
+        if "watch" in special or f"watch_{model}" in special:
+            found += [{"kind": "watch", "model": model, "dtype": dtype} for dtype in dtypes or ("float32",)]
     for model in MODELS:
         if model in special or "models" in special:
             found += [{"kind": "model", "model": model, "dtype": dtype} for dtype in dtypes or ("float32", "bfloat16")]

@@ -43,8 +43,8 @@ class Bench:
     op: Annotated[list[str], tyro.conf.arg(metavar="NAME"), Several] = field(default_factory=list)
     """What to time; may be repeated, * stands for anything: batch_norm+add+relu, group_norm*, overhead (the fixed cost
     of a call), memory (what is kept for the backward pass), synchronized (statistics of 1 to 3 processes), watch (a
-    training step that nk.watch watches), resnet50, unet, transformer, models (training steps). Default: every op;
-    --list shows them."""
+    training step that nk.watch watches; watch_resnet50, watch_transformer), resnet50, unet, transformer, models
+    (training steps). Default: every op; --list shows them."""
     shape: Annotated[list[str], tyro.conf.arg(metavar="N,C,..."), Several] = field(default_factory=list)
     """Only this shape, or one of your own: 32,64,56,56. May be repeated."""
     dtype: Annotated[list[str], tyro.conf.arg(metavar="TYPE"), Several] = field(default_factory=list)
