@@ -36,6 +36,8 @@ def test_a_rule_says_what_it_finds_why_it_hurts_when_it_is_wrong_and_who_says_so
     for sentence in (rule.finds, rule.means, rule.false_alarms):
         assert sentence.endswith(".")
     assert rule.references
+    assert isinstance(rule.references, tuple)
+    assert all(len(reference) > 8 for reference in rule.references)
     assert rule.needs
 
 

@@ -55,6 +55,6 @@ RULE = Rule(
     "Before the activation a norm keeps every unit alive; behind it, a unit that is 0 everywhere stays 0, and the norm "
     "divides its variance of 0 by eps.",
     "Where all units live, the order after is as good; then nothing is reported.",
-    ("Ioffe & Szegedy 2015, arXiv:1502.03167, section 3.2"),
+    ("Ioffe & Szegedy 2015, arXiv:1502.03167, section 3.2",),
     find,
 )
