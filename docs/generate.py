@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import normkit as nk
+from normkit.lab.analyse.against import against, final_runs
 from normkit.lab.analyse.small_batches import digest
 from normkit.lab.arm import Arm
 from normkit.lab.build import build_model
@@ -25,7 +26,7 @@ from normkit.lab.norm_layer import norms_of
 from normkit.lab.worker import seeded_data
 from normkit.laws import LAWS
 from normkit.measure.structure import OF_OPTIMIZER
-from normkit.report import bench_summary, bench_synchronized, small_batches
+from normkit.report import bench_summary, bench_synchronized, small_batches, strategies
 from normkit.report.words import verdict
 from normkit.rules import RULES
 from normkit.rules.rule import Rule
@@ -337,6 +338,20 @@ def small_batches_pages() -> dict[Path, str]:
     }
 
 
+def strategies_compared(root: Path) -> str:
+    """The comparison of strategies: every arm against batch norm that never changes."""
+    summary = json.loads((root / RECORDS / "strategies" / "summary.json").read_text(encoding="utf-8"))
+    about, runs = summary["experiment"], final_runs(summary)
+    others = [arm["name"] for arm in about["arms"] if arm["name"] != "batch"]
+    gaps = {name: against("batch", runs, name, about["metric"]["higher_is_better"]) for name in others}
+    found, made = strategies.table(summary, gaps), about["environment"]
+    return (
+        f"{table(found.header, found.rows)}\n\n{len(about['seeds'])} paired seeds, in brackets 95 % bootstrap "
+        f"intervals, {about['steps']} steps, {made['processor']}, torch {made['torch']}; "
+        "[every number](../records/compare/strategies/report.md). Jumps are in deviations of the outputs before."
+    )
+
+
 def converted_norms(root: Path) -> str:
     """Accuracy by kind of norm, carried over and fitted, from the committed record."""
     record = json.loads((root / SURGERY / "convert.json").read_text(encoding="utf-8"))
@@ -540,7 +555,11 @@ def pages() -> dict[Path, str]:
             ROOT / "docs" / f"{name}.md": between_marks(
                 f"docs/{name}.md", (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8"), name, content(ROOT)
             )
-            for name, content in (("convert", converted_norms), ("calibrate", calibrated_averages))
+            for name, content in (
+                ("convert", converted_norms),
+                ("calibrate", calibrated_averages),
+                ("strategies", strategies_compared),
+            )
         },
         ROOT / "docs" / "quantities.md": between_marks(
             "docs/quantities.md",

@@ -79,5 +79,5 @@ def test_the_answer_says_what_the_strategy_did(tmp_path):
         out=tmp_path / "run",
     )
     words = " ".join(details(result.summary))
-    assert "frozen@50%+lr/10 switched at step 6 and moved the outputs by" in words
+    assert "frozen@50% lr/10 switched at step 6 and moved the outputs by" in words
     assert torch.is_grad_enabled()

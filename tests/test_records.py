@@ -14,7 +14,9 @@ from normkit.report.words import verdict
 ROOT = Path(__file__).parent.parent
 RECORDS = sorted((ROOT / "records" / "compare").glob("*"))
 SWEEPS = ("small-batches", "cut-batches")
-"""Over the batch size, with a budget that their page states; every other record is a thorough comparison."""
+"""Over the batch size, with a budget that their page states."""
+SMALL_BUDGET = ("strategies",)
+"""With a budget that their page states; every other record is a thorough comparison."""
 COMMITTED = {"summary.json", "report.html", "report.md", "picture.svg"}
 
 
@@ -57,6 +59,9 @@ def test_a_record_is_a_run_that_its_command_makes_again_and_four_small_files(rec
         assert experiment["budget"] == "default"
         assert re.match(r"normkit compare digits-cnn --arms .* --sweep batch-size=", experiment["command"])
         assert f"--out records/compare/{record.name}" not in experiment["command"]  # the runs themselves are elsewhere
+    elif record.name in SMALL_BUDGET:
+        assert "--seeds 5 --search-seeds 1" in experiment["command"]
+        assert "--out" not in experiment["command"]
     else:
         assert experiment["budget"] == "thorough"
         assert experiment["command"] == f"normkit compare {record.name} --thorough"
@@ -125,6 +130,8 @@ def test_the_pages_say_the_answer_of_the_record(record):
     assert f"**{answer}**" in re.sub(r"\\(.)", r"\1", (record / "report.md").read_text(encoding="utf-8"))
     page = re.sub(r"<[^>]+>", "", (record / "report.html").read_text(encoding="utf-8"))
     assert answer in page.replace("\N{NO-BREAK SPACE}", " ")
-    shown = (ROOT / "docs" / "small-batches.md" if record.name in SWEEPS else ROOT / "README.md").read_text()
-    assert record.name in SWEEPS or answer in shown
+    shown = (
+        ROOT / "docs" / "small-batches.md" if record.name in (*SWEEPS, *SMALL_BUDGET) else ROOT / "README.md"
+    ).read_text()
+    assert record.name in (*SWEEPS, *SMALL_BUDGET) or answer in shown
     assert f"records/compare/{record.name}/picture.svg" in shown

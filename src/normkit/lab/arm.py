@@ -78,9 +78,7 @@ class Arm:
     @property
     def name(self) -> str:
         """The arm in its own grammar, with nothing that is a default: the key of every table."""
-        parts = [
-            f"{self.norm}->{self.strategy.replace(' -> ', '->').replace(' ', '+')}" if self.strategy else self.norm
-        ]
+        parts = [f"{self.norm}->{self.strategy.replace(' -> ', '->')}" if self.strategy else self.norm]
         parts += [self.optimizer] if self.optimizer else []
         parts += [f"dropout:{self.dropout:g}"] if self.dropout else []
         parts += [f"placement:{self.placement}"] if self.placement != "before" else []

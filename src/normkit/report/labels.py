@@ -47,9 +47,11 @@ OPTIMIZERS = {"sgd": "SGD", "momentum": "momentum", "adam": "Adam", "adamw": "Ad
 def label(arm: str) -> str:
     """The arm in words; a name that is no composition of known parts (a user's own) stays as it is."""
     norm, *options = arm.split("+")
+    norm, *phases = norm.split("->")
     words = _norm(norm)
     if not words:
         return arm
+    words = " → ".join([words, *phases])  # as the phases are written: group:8@50% lr/10
     additions = []
     for option in options:
         key, _, value = option.partition(":")
@@ -105,7 +107,7 @@ def _kind(norm: str) -> str:
 
 def is_plain(arm: dict[str, Any]) -> bool:
     """Does the arm train without any normalization?"""
-    return _kind(str(arm.get("norm") or arm["name"].split("+")[0])) == "none"
+    return not arm.get("strategy") and _kind(str(arm.get("norm") or arm["name"].split("+")[0])) == "none"
 
 
 def sentence(text: str) -> str:

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from normkit.lab.analyse.intervals import LEVEL, paired_difference
+from normkit.lab.analyse.against import against, final_runs, rounded
+from normkit.lab.analyse.intervals import LEVEL
 from normkit.report.labels import label
 
 PLAIN = "batch"
@@ -56,11 +57,7 @@ def _about(experiment: Mapping[str, Any]) -> dict[str, Any]:
 def _size(where: str, summary: Summary, point: Mapping[str, Any]) -> dict[str, Any]:
     """All arms at one batch size."""
     about = {arm["name"]: arm for arm in point["arms"]}
-    runs = {
-        (run["arm"], run["seed"]): run
-        for run in summary["runs"]
-        if run["phase"] == "final" and run["knob"] == point["knob"] and run["state"] in ("done", "diverged")
-    }
+    runs = final_runs(summary, point["knob"])
     higher = summary["experiment"]["metric"]["higher_is_better"]
     return {
         "batch_size": point["knob"],
@@ -70,31 +67,13 @@ def _size(where: str, summary: Summary, point: Mapping[str, Any]) -> dict[str, A
                 "lr": arm["lr"],
                 "reached": [arm["runs"]["reached"], arm["runs"]["finished"]],
                 "steps_to_target": arm["steps_to_target"]["median"],
-                "test": _rounded(arm["test"]),
-                "against_plain": None if name == PLAIN else _gap(runs, name, higher),
-                "exact": _rounded(arm.get("test_exact")),
-                "by_batch": _rounded(arm.get("test_batch")),
-                "cpu_ms": _rounded(arm.get("cpu_ms_per_step")),
+                "test": rounded(arm["test"]),
+                "against_plain": None if name == PLAIN else against(PLAIN, runs, name, higher),
+                "exact": rounded(arm.get("test_exact")),
+                "by_batch": rounded(arm.get("test_batch")),
+                "cpu_ms": rounded(arm.get("cpu_ms_per_step")),
                 "memory_mb": arm["peak_memory_mb"],
             }
             for name, arm in about.items()
         },
     }
-
-
-def _gap(runs: Mapping[tuple[str, int], Mapping[str, Any]], name: str, higher: bool) -> dict[str, Any]:
-    pairs = [
-        (runs[PLAIN, seed]["test"], run["test"])
-        for (arm, seed), run in runs.items()
-        if arm == name and (PLAIN, seed) in runs
-    ]
-    both = [(plain, own) for plain, own in pairs if plain is not None and own is not None]
-    found: dict[str, Any] = _rounded(paired_difference([p for p, _ in both], [own for _, own in both], higher))
-    return found
-
-
-def _rounded(value: Any) -> Any:
-    """Six digits are enough for every reader, and a last bit is no reason for another file."""
-    if isinstance(value, Mapping):
-        return {key: _rounded(item) for key, item in value.items()}
-    return float(f"{value:.6g}") if isinstance(value, float) else value
