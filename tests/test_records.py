@@ -17,6 +17,8 @@ SWEEPS = ("small-batches", "cut-batches")
 """Over the batch size, with a budget that their page states."""
 SMALL_BUDGET = ("strategies",)
 """With a budget that their page states; every other record is a thorough comparison."""
+PAGES = {**dict.fromkeys(SWEEPS, "docs/small-batches.md"), "strategies": "docs/strategies.md"}
+"""Where the others are shown; the thorough ones are in the README, answer and picture."""
 COMMITTED = {"summary.json", "report.html", "report.md", "picture.svg"}
 
 
