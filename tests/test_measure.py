@@ -99,6 +99,13 @@ def test_ranks_where_they_are_known():
     assert found["orthogonality_gap", "0"] == pytest.approx(0, abs=1e-6)
 
 
+def test_the_stable_rank_of_singular_values_that_are_close():
+    turned = torch.linalg.qr(torch.randn(40, 40)).Q
+    lengths = torch.linspace(0.9, 1, 40)
+    found = numbers(nn.Sequential(nn.PReLU(init=1.0)), turned * lengths, quantities=["stable_rank"])
+    assert found["stable_rank", "0"] == pytest.approx(float(lengths.square().sum()), rel=1e-3)
+
+
 def test_a_norm_with_an_activation_is_measured_behind_it_and_stays_one():
     model = nn.Sequential(nk.BatchNorm2d(4, activation="relu"))
     found = numbers(model, off_centre(8, 4, 5, 5))

@@ -216,6 +216,14 @@ def test_hooks_of_the_user_stay_and_those_of_the_measurement_go():
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+def test_a_wrapped_model_is_measured_as_the_model_that_it_wraps():
+    model, batch, loss = build("torch batch norm")
+    wrapped = nn.DataParallel(model)
+    before = state(wrapped)
+    assert everything(wrapped, batch, loss) == everything(model, batch, loss)
+    assert differences(before, state(wrapped)) == []
+
+
 def test_lazy_parameters_are_refused_in_words():
     with pytest.raises(ValueError, match=r"no shape yet.*\n.*run the model on one batch first"):
         measure(nn.Sequential(nn.LazyLinear(3)), torch.randn(2, 3))

@@ -67,7 +67,7 @@ def observe(seen: Seen, wanted: frozenset[str]) -> Numbers:
 
 
 def _inside(y: Tensor, activation: nn.Module, wanted: frozenset[str]) -> dict[str, Tensor]:
-    found = {}
+    found: dict[str, Tensor] = {}
     if wanted & PERCENTILES.keys():
         values = y.flatten()[:: (y.numel() // _VALUES) | 1]  # odd: no beat with sizes, which are even
         shares = torch.tensor(list(PERCENTILES.values()), dtype=y.dtype, device=y.device)

@@ -114,7 +114,8 @@ def measure(
     apart the outputs in training, by running statistics and by batch statistics are; with a loss, its gradients.
 
     The model is run as it is trained: where some part of it is in training mode, with the modes that it has; otherwise
-    all of it in training mode. Hooks that are on the model run as in any forward pass. ``.grad`` is left alone.
+    all of it in training mode. Hooks that are on the model run as in any forward pass. ``.grad`` is left alone. Where
+    layers exchange statistics between processes, all processes have to measure.
 
     Args:
         model: a model or a layer; a compiled one is measured uncompiled.

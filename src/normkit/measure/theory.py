@@ -157,7 +157,7 @@ def explosion_rate(
     with untouched(model), in_mode(model, None), torch.enable_grad(), outputs(model) as found:
         output, loss = runner(loss_fn, call)(model, copied(batch))
         if loss is None:
-            loss = sum((y * torch.randn(y.shape, generator=draw).to(y)).sum() for y in floats(output))
+            loss = torch.stack([(y * torch.randn(y.shape, generator=draw).to(y)).sum() for y in floats(output)]).sum()
         reached = {name: y for name, y in found.items() if y.requires_grad}
         taken = torch.autograd.grad(loss, list(reached.values()), allow_unused=True) if reached else ()
     norms = {name: wide(g).norm() for name, g in zip(reached, taken, strict=True) if g is not None}
