@@ -132,8 +132,6 @@ def test_the_pages_say_the_answer_of_the_record(record):
     assert f"**{answer}**" in re.sub(r"\\(.)", r"\1", (record / "report.md").read_text(encoding="utf-8"))
     page = re.sub(r"<[^>]+>", "", (record / "report.html").read_text(encoding="utf-8"))
     assert answer in page.replace("\N{NO-BREAK SPACE}", " ")
-    shown = (
-        ROOT / "docs" / "small-batches.md" if record.name in (*SWEEPS, *SMALL_BUDGET) else ROOT / "README.md"
-    ).read_text()
-    assert record.name in (*SWEEPS, *SMALL_BUDGET) or answer in shown
+    shown = (ROOT / PAGES.get(record.name, "README.md")).read_text(encoding="utf-8")
+    assert record.name in PAGES or answer in shown
     assert f"records/compare/{record.name}/picture.svg" in shown
