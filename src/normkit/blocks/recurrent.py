@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from normkit.blocks.recurrent_loop import Recurrent
-from normkit.create import Name
+from normkit.blocks.token_norms import NormName
 
 
 class LSTM(Recurrent, nn.LSTM):
@@ -31,8 +31,8 @@ class LSTM(Recurrent, nn.LSTM):
         dtype: of the parameters.
         norm: a name as :func:`normkit.create` takes it. ``"batch:per_step:64"``: batch norm with running statistics of
             their own for each of 64 time steps, later ones (in evaluation: later than any that training has reached)
-            take the last one's (Cooijmans et al.); ``"batch"``: one set for all steps; ``"layer"``, ``"rms"``;
-            ``None``: torch's layer as it is.
+            take the last one's (Cooijmans et al.); ``"batch"``: one set for all steps; ``"layer"``, ``"rms"``; or a
+            function of the channels that makes a norm; ``None``: torch's layer as it is.
         placement: ``"all"``; or ``"input"`` for ``norm_x`` alone, with statistics over samples and time steps together
             where they are not per step (Laurent et al.).
         scale: the first weight of all norms; ``None``: 0.1 for norms over the samples with placement ``"all"``, so that
@@ -76,7 +76,7 @@ class LSTM(Recurrent, nn.LSTM):
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
-        norm: Name = None,
+        norm: NormName = None,
         placement: str = "all",
         scale: float | None = None,
     ) -> None:
@@ -113,7 +113,7 @@ class GRU(Recurrent, nn.GRU):
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
-        norm: Name = None,
+        norm: NormName = None,
         placement: str = "all",
         scale: float | None = None,
     ) -> None:
@@ -149,7 +149,7 @@ class RNN(Recurrent, nn.RNN):
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
-        norm: Name = None,
+        norm: NormName = None,
         placement: str = "all",
         scale: float | None = None,
     ) -> None:

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from normkit.blocks.recurrent_norms import PLACEMENTS, StepNorm, step_norm
 from normkit.blocks.recurrent_padding import Ends, lengths_of, packed_like, padded, reversed_in_time
 from normkit.blocks.recurrent_steps import STEPS, State
-from normkit.create import Name
+from normkit.blocks.token_norms import NormName
 
 Hidden = Tensor | tuple[Tensor, Tensor] | None
 
@@ -23,7 +23,7 @@ class Recurrent(nn.RNNBase):
 
     norms: nn.ModuleDict | None
 
-    def _set_norms(self, norm: Name, placement: str, scale: float | None, where: dict[str, Any]) -> None:
+    def _set_norms(self, norm: NormName, placement: str, scale: float | None, where: dict[str, Any]) -> None:
         if placement not in PLACEMENTS:
             raise ValueError(f"{type(self).__name__}: placement={placement!r} is neither {' nor '.join(PLACEMENTS)}")
         self.norm, self.placement, self.scale = norm, placement, scale

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from normkit.blocks.recurrent_padding import Ends
-from normkit.create import Name, create
+from normkit.blocks.token_norms import NormName
+from normkit.create import create
 from normkit.statistics.per_step import PerStep
 
 Applied = Callable[[Tensor, int, Tensor | None], Tensor]
@@ -25,16 +25,25 @@ class StepNorm(nn.Module):
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
         self.norm: Any = norm
-        self.per_step = isinstance(getattr(norm, "statistics", None), PerStep)
-        spec: Any = norm.spec
-        self.over_samples = "[n]" in (spec.over or "")
+
+    @property
+    def per_step(self) -> bool:
+        """Whether every time step has statistics of its own."""
+        return isinstance(getattr(self.norm, "statistics", None), PerStep)
+
+    @property
+    def over_samples(self) -> bool:
+        """Whether samples share statistics, so that it must know who has ended."""
+        spec: Any = getattr(self.norm, "spec", None)
+        return spec is not None and "[n]" in (spec.over or "")
 
     def reset(self, scale: float | None, *, alone: bool) -> None:
         """As new, with the first scale; ``alone``: there is no norm on the hidden part."""
-        self.norm.reset_parameters()
+        if hasattr(self.norm, "reset_parameters"):
+            self.norm.reset_parameters()
         if scale is None:
             scale = SMALL if self.over_samples and not alone else 1.0
-        if scale != 1.0:
+        if scale != 1.0 and getattr(self.norm, "weight", None) is not None:
             nn.init.constant_(self.norm.weight, scale)
 
     def by_step(self) -> Applied:
@@ -66,9 +75,9 @@ class StepNorm(nn.Module):
         return self.norm(x.flatten(0, 1), mask=counts.flatten()).unflatten(0, x.shape[:2])
 
 
-def step_norm(name: Name, channels: int, bias: bool, where: dict[str, Any]) -> StepNorm:
-    """The norm of a name; ``bias``: with one, where the norm knows the word."""
-    made = create(name, channels, dim=1, **where)
-    if not bias and "bias" in inspect.signature(type(made)).parameters:
-        made = create(name, channels, dim=1, bias=False, **where)
+def step_norm(norm: NormName, channels: int, bias: bool, where: dict[str, Any]) -> StepNorm:
+    """The norm of a name, or what a function of the channels makes; without a bias, where there is another one."""
+    made = norm(channels).to(**where) if callable(norm) else create(norm, channels, dim=1, **where)
+    if not bias and getattr(made, "bias", None) is not None:
+        made.register_parameter("bias", None)
     return StepNorm(made)

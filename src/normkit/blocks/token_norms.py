@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,16 +11,21 @@ from torch import Tensor, nn
 from normkit.blocks.rep_batch_norm import ProgressiveRepBatchNorm, RepBatchNorm
 from normkit.create import Name, create
 
+NormName = Name | Callable[[int], nn.Module]
+"""How layers are told their norm: by a name, or by a function of the number of channels."""
 REP, PROGRESSIVE = "rep", "progressive"
 
 
-def token_norm(name: Name, channels: int, **options: Any) -> nn.Module:
+def token_norm(name: NormName, channels: int, **options: Any) -> nn.Module:
     """A norm by its name: ``"rep"``, ``"progressive:2000"`` (steps), ``"progressive:2000:100"`` (and warm-up), or a
-    name of :func:`normkit.create`. Options that this norm does not know are left out.
+    name of :func:`normkit.create`; or a function of the channels that makes one. Options that this norm does not know
+    are left out, and a function gets none.
 
     Raises:
         ValueError: no such norm, or no number where one is due.
     """
+    if callable(name):
+        return name(channels)
     kind, *numbers = name.lower().split(":") if isinstance(name, str) else ("",)
     if kind == REP and not numbers:
         return RepBatchNorm(channels, **_known(RepBatchNorm, options))

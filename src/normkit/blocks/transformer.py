@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normkit.blocks.attention import attend
-from normkit.blocks.token_norms import over_tokens, token_norm
-from normkit.create import Name
+from normkit.blocks.token_norms import NormName, over_tokens, token_norm
 
 PLACEMENTS = ("pre", "post")
 
@@ -27,7 +26,14 @@ class _Block(nn.Module):
     ffn_norm: nn.Module | None
 
     def _set_norms(
-        self, norm: Name, placement: str | None, qk_norm: Name, ffn_norm: Name, eps: float, places: int, **options: Any
+        self,
+        norm: NormName,
+        placement: str | None,
+        qk_norm: NormName,
+        ffn_norm: NormName,
+        eps: float,
+        places: int,
+        **options: Any,
     ) -> None:
         if placement not in (*PLACEMENTS, None):
             raise ValueError(f"{type(self).__name__}: placement={placement!r} is neither {' nor '.join(PLACEMENTS)}")
@@ -85,8 +91,8 @@ class TransformerEncoderLayer(_Block, nn.TransformerEncoderLayer):
         dtype: of the parameters.
         norm: a name as :func:`normkit.create` takes it: ``"layer"``, ``"rms"``, ``"batch"``, ``"power:4000"``, or
             ``"none"``; or ``"rep"`` (:class:`normkit.blocks.RepBatchNorm`) or ``"progressive:STEPS"``
-            (:class:`normkit.blocks.ProgressiveRepBatchNorm`). Norms over samples take every token that is no padding
-            for one sample.
+            (:class:`normkit.blocks.ProgressiveRepBatchNorm`), or a function of the channels that makes a norm. Norms
+            over samples take every token that is no padding for one sample.
         placement: ``"pre"`` or ``"post"``; ``None``: as ``norm_first`` says.
         qk_norm: a name, for a norm over the channels of each head, on queries and on keys: ``"layer"`` or ``"rms"``.
         ffn_norm: a name, for a norm between the first linear layer and the activation; with ``"batch"`` here and as
@@ -129,10 +135,10 @@ class TransformerEncoderLayer(_Block, nn.TransformerEncoderLayer):
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
-        norm: Name = "layer",
+        norm: NormName = "layer",
         placement: str | None = None,
-        qk_norm: Name = None,
-        ffn_norm: Name = None,
+        qk_norm: NormName = None,
+        ffn_norm: NormName = None,
     ) -> None:
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         sizes = (d_model, nhead, dim_feedforward, dropout)
@@ -194,10 +200,10 @@ class TransformerDecoderLayer(_Block, nn.TransformerDecoderLayer):
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
-        norm: Name = "layer",
+        norm: NormName = "layer",
         placement: str | None = None,
-        qk_norm: Name = None,
-        ffn_norm: Name = None,
+        qk_norm: NormName = None,
+        ffn_norm: NormName = None,
     ) -> None:
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         sizes = (d_model, nhead, dim_feedforward, dropout)

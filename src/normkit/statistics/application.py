@@ -82,7 +82,9 @@ def train(
     momentum, share = kept.pace(lambda: values_per_channel(x))
     mean, var = kept.mean.clone(), kept.var.clone()
     y = normalise(spec, x, mean, var, weight, bias, by_batch=True, momentum=momentum, eps=eps, **details)
-    if (kept.pending is not None or kept.also is not None) and not kept.still:
+    if kept.also is not None and kept.pending is None and kept.momentum is not None and values_per_channel(x) > 1:
+        kept.approach(mean, var)
+    elif (kept.pending is not None or kept.also is not None) and not kept.still:
         count = values_per_channel(x)
         total = torch.full((), count, dtype=torch.float64, device=x.device)
         kept.observe(Moments(total, mean, var * max(count - 1, 0)))

@@ -95,6 +95,16 @@ class Kept:
         else:
             waiting_for(self).add(moments, self)
 
+    def approach(self, mean: Tensor, var: Tensor) -> None:
+        """As :meth:`observe`, at once and by the momentum, for who has the batch's own mean and unbiased variance.
+
+        A recurrent network calls a layer at every step, so that every operator here is one per step.
+        """
+        for kept in (self.also, self):
+            if kept is not None and kept.momentum is not None and not kept.still:
+                towards = lambda old, new: old.lerp(new.to(old.dtype), kept.momentum)  # noqa: B023
+                kept.commit((towards(kept.mean, mean), towards(kept.var, var)))
+
     def commit(self, proposed: tuple[Tensor, Tensor], *, share: Tensor | None = None, count: Any = None) -> None:
         """Move mean and variance to what is proposed (``share`` of the way), and count the batch.
 
