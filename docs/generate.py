@@ -26,7 +26,7 @@ from normkit.lab.norm_layer import norms_of
 from normkit.lab.worker import seeded_data
 from normkit.laws import LAWS
 from normkit.measure.structure import OF_OPTIMIZER
-from normkit.report import bench_summary, bench_synchronized, small_batches, strategies
+from normkit.report import bench_summary, bench_synchronized, depth, small_batches, strategies
 from normkit.report.words import verdict
 from normkit.rules import RULES
 from normkit.rules.rule import Rule
@@ -352,6 +352,23 @@ def strategies_compared(root: Path) -> str:
     )
 
 
+def depth_page(text: str) -> str:
+    """``text`` of docs/what-works-where.md with the tables of the sweep over the depth."""
+    where = RECORDS / "deep-residual"
+    summary = json.loads((ROOT / where / "summary.json").read_text(encoding="utf-8"))
+    about, made = summary["experiment"], summary["experiment"]["environment"]
+    tables = {"depth": depth.accuracy, "gradients": depth.gradients, "depth-cost": depth.cost}
+    for name, draw in tables.items():
+        found = draw(summary)
+        text = between_marks("docs/what-works-where.md", text, name, table(found.header, found.rows))
+    record = (
+        f"Record: [{where}](../{where}/report.md), `{about['command']}`, {len(about['seeds'])} paired seeds, in "
+        f"brackets 95 % bootstrap intervals, {made['processor']}, torch {made['torch']}.\n\n"
+        f"![Test accuracy along the depth](../{where}/picture.svg)"
+    )
+    return between_marks("docs/what-works-where.md", text, "depth-record", record)
+
+
 def converted_norms(root: Path) -> str:
     """Accuracy by kind of norm, carried over and fitted, from the committed record."""
     record = json.loads((root / SURGERY / "convert.json").read_text(encoding="utf-8"))
@@ -551,6 +568,9 @@ def pages() -> dict[Path, str]:
             cost_of_synchronising(ROOT),
         ),
         **small_batches_pages(),
+        ROOT / "docs" / "what-works-where.md": depth_page(
+            (ROOT / "docs" / "what-works-where.md").read_text(encoding="utf-8")
+        ),
         **{
             ROOT / "docs" / f"{name}.md": between_marks(
                 f"docs/{name}.md", (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8"), name, content(ROOT)

@@ -15,9 +15,13 @@ ROOT = Path(__file__).parent.parent
 RECORDS = sorted((ROOT / "records" / "compare").glob("*"))
 SWEEPS = ("small-batches", "cut-batches")
 """Over the batch size, with a budget that their page states."""
-SMALL_BUDGET = ("strategies",)
+SMALL_BUDGET = ("strategies", "deep-residual")
 """With a budget that their page states; every other record is a thorough comparison."""
-PAGES = {**dict.fromkeys(SWEEPS, "docs/small-batches.md"), "strategies": "docs/strategies.md"}
+PAGES = {
+    **dict.fromkeys(SWEEPS, "docs/small-batches.md"),
+    "strategies": "docs/strategies.md",
+    "deep-residual": "docs/what-works-where.md",
+}
 """Where the others are shown; the thorough ones are in the README, answer and picture."""
 COMMITTED = {"summary.json", "report.html", "report.md", "picture.svg"}
 
@@ -81,7 +85,7 @@ def test_every_number_of_the_answer_follows_from_the_runs(record):
 def _follows_from_the_runs(content: dict, point: dict) -> None:
     experiment, knob = content["experiment"], point["knob"]
     budget = experiment["steps"]
-    if knob is not None:  # equal samples
+    if knob is not None and experiment["sweep"]["knob"] == "batch-size":  # equal samples
         budget = round(budget * experiment["batch_size"] / knob)
     base, higher = finals(content, experiment["baseline"], knob), experiment["metric"]["higher_is_better"]
     for arm in point["arms"]:
