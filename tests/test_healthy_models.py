@@ -6,9 +6,9 @@ import importlib.util
 import json
 from pathlib import Path
 
-import healthy_models
 import pytest
 
+import healthy_models
 import normkit as nk
 
 RECORD = Path(__file__).parent.parent / "records" / "doctor" / "healthy.json"

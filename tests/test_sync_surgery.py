@@ -258,9 +258,7 @@ def merged(rank: int) -> None:
         shares = torch.tensor(weights, dtype=torch.float64) / sum(weights)
         means, variances = (torch.stack([e[name][i] for e in everyone]) for i in (0, 1))
         mean = (shares[:, None] * means).sum(0)
-        between = (
-            0 if name == "instance" else (means - mean).square()
-        )  # it keeps variances within samples
+        between = 0 if name == "instance" else (means - mean).square()  # it keeps variances within samples
         var = (shares[:, None] * (variances + between)).sum(0)
         assert_near(layer.running_mean, mean, 1e-12, f"merged {name}")
         assert_near(layer.running_var, var, 1e-12, f"merged {name}")

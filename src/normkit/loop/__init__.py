@@ -1,5 +1,5 @@
 """Strategies in anybody's training loop: readings -> strategy -> prescriptions -> surgery, between two steps."""
 
-from normkit.loop.attach import Attached, attach, refuse_resumed
+from normkit.loop.attached import Attached, attach, refuse_resumed
 
 __all__ = ["Attached", "attach", "refuse_resumed"]

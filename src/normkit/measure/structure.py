@@ -43,9 +43,7 @@ QUANTITIES = (
     ),
     _quantity("in_training", "whether the layer is in training mode", FLAG),
     _quantity("keeps_statistics", "whether a batch norm has running statistics", FLAG),
-    _quantity(
-        "frozen", "whether it normalises by running statistics in training too, as after nk.freeze_", FLAG
-    ),
+    _quantity("frozen", "whether it normalises by running statistics in training too, as after nk.freeze_", FLAG),
     _quantity("affine_frozen", "whether weight and bias are there and none of them gets gradients", FLAG),
     _quantity("batches_seen", "num_batches_tracked", "batches"),
     _quantity("statistics_dtype", "type of the running statistics"),

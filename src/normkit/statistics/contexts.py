@@ -34,7 +34,8 @@ def statistics_frozen(model: nn.Module) -> Iterator[None]:
     ([0.0, 0.0], 0)
     """
     _layers(model, "statistics_frozen")
-    holds = [module.hold for module in model.modules() if isinstance(getattr(module, "hold", None), Hold)]
+    found: list[Any] = [getattr(module, "hold", None) for module in model.modules()]
+    holds = [hold for hold in found if isinstance(hold, Hold)]
     for hold in holds:
         hold.frozen += 1
     try:

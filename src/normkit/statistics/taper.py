@@ -19,8 +19,8 @@ class Taper(Policy):
 
     ``gate * (x - mean) / sqrt(var + eps) + (1 - gate) * (x - running_mean) / sqrt(running_var + eps)``, with the
     running statistics before this batch; the batch's moments enter them as in plain batch norm. The gradient goes
-    through the batch's part. At gate 1 this is plain batch norm; at 0 nothing of the batch is left and the layer is an affine map,
-    which :func:`normkit.fold` makes part of the layer before it.
+    through the batch's part. At gate 1 this is plain batch norm; at 0 nothing of the batch is left and the layer is an
+    affine map, which :func:`normkit.fold` makes part of the layer before it.
 
     Args:
         gate: share of the mini-batch, from 1 to 0. :class:`normkit.strategies.Taper` moves it during training.
