@@ -457,3 +457,13 @@ def test_two_processes_agree_and_the_first_one_writes(tmp_path):
     assert {r.module for r in spread} == {"1"}
     assert all(r.value > 0.01 for r in spread)  # their inputs are one apart
     assert "Processes" in (tmp_path / "a" / "report.html").read_text()
+
+
+def test_a_run_knows_what_stands_around_its_norms():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with nk.watch(model, optimizer, every=1, out=None, budget=None) as watched:
+        model(torch.randn(16, 4)).square().mean().backward()
+        optimizer.step()
+    assert "bias_before_norm" in {finding.rule for finding in watched.diagnose().findings}

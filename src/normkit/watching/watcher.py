@@ -20,6 +20,7 @@ from normkit.diagnosis import TAKES, Diagnosis, Subject
 from normkit.integrations.trackers import PREFIX, Trackers
 from normkit.measure import updates
 from normkit.measure.collect import Pending, packed
+from normkit.measure.neighbours import read_neighbours
 from normkit.measure.structure import norms_in, read_structure
 from normkit.measure.untouched import original
 from normkit.vocabulary.finding import Finding
@@ -201,7 +202,7 @@ class Watch:
         if not self._writes:
             return
         if self.samples == 1:
-            self._alarms.structure = tuple(read_structure(self.model, torch_optimizer(self.optimizer)))
+            self._alarms.structure = tuple(self._structure())
         if self._directory is not None:
             self._directory.sample(step, readings, self._progress())
             if self.samples == 1:
@@ -240,7 +241,7 @@ class Watch:
 
     def diagnose(self) -> Diagnosis:
         """What the rules say about the run so far."""
-        structure = read_structure(self.model, torch_optimizer(self.optimizer))
+        structure = self._structure()
         readings, facts = self._alarms.recent, [self._progress()]
         if self._directory is not None:
             readings, facts = read_readings(self._directory.path)
@@ -291,6 +292,11 @@ class Watch:
         )
 
     # Facts
+
+    def _structure(self) -> list[Reading]:
+        """What stands in the model, and what stands around its norms as far as its code says."""
+        neighbours, _ = read_neighbours(self.model)
+        return [*read_structure(self.model, torch_optimizer(self.optimizer)), *neighbours]
 
     def _about(self) -> dict[str, Any]:
         name = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else self._device.type
