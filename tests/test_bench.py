@@ -269,13 +269,12 @@ print(faults() - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")
 def test_a_pinned_allocator_keeps_the_pages_that_the_default_gives_back():
+@pytest.mark.slow
     found = {}
     for allocator in ("default", "pinned"):
         command = [sys.executable, "-c", FAULTS, allocator]
         found[allocator] = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert found["pinned"] < found["default"] / 4
-
-
 def test_a_run_writes_what_it_returns_and_survives_a_task_that_dies(tmp_path):
     good = plan.tasks("quick", ["layer_norm"], [(6, 16)])
     dies = [
@@ -309,6 +308,7 @@ def test_a_run_that_cannot_begin_says_why(tmp_path):
         run(planned, tmp_path, {})
 
 
+@pytest.mark.slow
 def test_watching_is_timed_between_samples_and_at_them(monkeypatch):
     small = lambda: models.Transformer(layers=1, width=32, heads=2)
     batch = lambda: models._bytes(2, 16)

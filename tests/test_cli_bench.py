@@ -104,6 +104,7 @@ def test_a_run_prints_its_answer_first_and_writes_records_and_page(normkit, tmp_
     assert str(tmp_path) not in (tmp_path / "here" / "bench.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_json_prints_the_records_and_nothing_else(normkit, tmp_path):
     status, output, errors = normkit(*TINY, "--json", "--out", "there")
     told = json.loads(output)

@@ -131,6 +131,7 @@ def test_it_is_one_file_without_script_that_asks_for_nothing():
     assert {address[1:] for address in page.addresses if address.startswith("#")} <= {*page.ids}
 
 
+@pytest.mark.slow
 def test_a_long_run_of_a_deep_network_stays_below_two_megabytes():
     assert len(diagnosis_page.page(data(layers=150, steps=200)).encode()) < 2_000_000
 

@@ -85,6 +85,7 @@ assert not any(name.startswith("normkit.") for name in sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_saved_programs_run_where_normkit_is_not_installed(tmp_path):
     blocks = {}
     for form in MAIN:

@@ -283,6 +283,7 @@ def test_an_experiment_and_a_function_in_memory_can_be_compared(tmp_path):
         assert set(states(directory).values()) <= {"done", "diverged"}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_page")
 def test_loky_gives_what_one_after_the_other_gives(tmp_path):
     quick(tmp_path / "one", parallel=1)

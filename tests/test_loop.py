@@ -68,7 +68,7 @@ def sgd(model, lr=0.05):
     return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
 
 
-@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("text", [*TEXTS[:2], *(pytest.param(text, marks=pytest.mark.slow) for text in TEXTS[2:])])
 def test_a_run_that_was_killed_goes_on_as_if_nothing_had_happened(text, tmp_path):
     """The state goes through a file that holds tensors and plain data only."""
     data = list(batches())
@@ -330,7 +330,16 @@ def optimizer_state(optimizer):
         yield f"state {place}", state["momentum_buffer"]
 
 
-@pytest.mark.parametrize("text", ["batch -> frozen@30%", "batch -> group:4@50%", "frozen@mean_drift<5", "taper@20-60%"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "batch -> group:4@50%",
+        *(
+            pytest.param(t, marks=pytest.mark.slow)
+            for t in ("batch -> frozen@30%", "frozen@mean_drift<5", "taper@20-60%")
+        ),
+    ],
+)
 def test_two_processes_stay_one_model(text, tmp_path):
     spawn(2, tmp_path, _together, text)
 

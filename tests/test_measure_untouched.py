@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 import normkit as nk
 from measured_models import MODELS
 from normkit.measure import QUANTITIES, activation_drift, explosion_rate, internal_covariate_shift, landscape, measure
+from normkit.measure.untouched import untouched
 from normkit.surgery import batches
 
 
@@ -234,3 +235,16 @@ def test_every_stage_is_measured_of_some_model():
     found = {QUANTITIES[reading.quantity].stage for reading in everything(model, batch, loss)}
     assert found == {"model", "batch", "gradients"}
     assert nk.BatchNorm2d in {type(module) for module in model.modules()}
+
+
+def test_two_threads_that_measure_leave_the_compiler_as_it_was():
+    """The stance of the compiler is one per process: whoever comes last must not put back what the first had set."""
+    torch.compiler.reset()
+    compiled = []
+    first, second = untouched(nn.Linear(2, 2)), untouched(nn.Linear(2, 2))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    torch.compile(nn.Linear(2, 2), backend=lambda graph, inputs: compiled.append(graph) or graph.forward)(torch.ones(2))
+    assert compiled

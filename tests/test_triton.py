@@ -31,6 +31,7 @@ def interpreted(*arguments: str) -> None:
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
+@pytest.mark.slow
 @needs_triton
 def test_in_the_interpreter_a_few_of_them():
     interpreted(str(HERE / "triton_interpreted.py"), "-m", "not slow")

@@ -449,6 +449,7 @@ def _two(rank: int, directory: str) -> None:
     assert different(left[False], left[True]) == []
 
 
+@pytest.mark.slow
 def test_two_processes_agree_and_the_first_one_writes(tmp_path):
     spawn(2, tmp_path, _two, str(tmp_path))
     diagnosis = report_of_run(tmp_path / "a")

@@ -24,7 +24,9 @@ def _host() -> Any:
             return importlib.import_module(name)
         except ModuleNotFoundError:
             continue
-    raise ModuleNotFoundError("normkit.integrations.lightning needs Lightning.\n  type: pip install lightning")
+    raise ModuleNotFoundError(
+        "normkit.integrations.lightning needs Lightning.\n  type: pip install lightning", name="lightning"
+    )
 
 
 _Callback: Any = _host().Callback

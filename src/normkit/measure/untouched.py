@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from normkit.statistics.buffers import RunningStatistics
 from normkit.surgery.probe import random_numbers_restored
+from normkit.surgery.wrappers import eagerly
 
 
 def original(model: nn.Module) -> nn.Module:
@@ -57,7 +58,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
         stack.enter_context(random_numbers_restored())
         stack.enter_context(torch.inference_mode(False))
         if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled, and loading the compiler takes seconds
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(eagerly())
         copies: dict[int, Tensor] = {}  # a buffer that two modules share stays shared
         for module in model.modules():
             stack.callback(_restore, module, dict(vars(module)), dict(module._buffers))

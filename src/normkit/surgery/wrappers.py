@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,10 +50,34 @@ def inside(model: nn.Module, operation: str) -> nn.Module:
     return model
 
 
+_one_at_a_time = threading.Lock()
+_eager = 0
+"""How many contexts of :func:`eagerly` are open, in all threads: the stance of the compiler is one per process."""
+_stance: Any = None
+
+
+@contextlib.contextmanager
+def eagerly() -> Iterator[None]:
+    """While open, compiled code runs as it is written. Contexts nest, and may be open in several threads."""
+    global _eager, _stance
+    with _one_at_a_time:
+        if not _eager:
+            _stance = torch.compiler.set_stance("force_eager")
+            _stance.__enter__()
+        _eager += 1
+    try:
+        yield
+    finally:
+        with _one_at_a_time:
+            _eager -= 1
+            if not _eager:
+                _stance.__exit__(None, None, None)
+
+
 def uncompiled(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     """While open, compiled modules in the model run as they are written, so that hooks on their layers are called."""
     if any(module._compiled_call_impl or "_orig_mod" in module._modules for module in model.modules()):
-        return torch.compiler.set_stance("force_eager")
+        return eagerly()
     return contextlib.nullcontext()
 
 
