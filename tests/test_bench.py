@@ -269,12 +269,14 @@ print(faults() - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")
 def test_a_pinned_allocator_keeps_the_pages_that_the_default_gives_back():
-@pytest.mark.slow
     found = {}
     for allocator in ("default", "pinned"):
         command = [sys.executable, "-c", FAULTS, allocator]
         found[allocator] = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert found["pinned"] < found["default"] / 4
+
+
+@pytest.mark.slow
 def test_a_run_writes_what_it_returns_and_survives_a_task_that_dies(tmp_path):
     good = plan.tasks("quick", ["layer_norm"], [(6, 16)])
     dies = [
