@@ -20,6 +20,7 @@ from normkit.clipping import clip_adaptively_before_steps
 from normkit.loop.outputs import MOVED, Batch, example_inputs, few, moved, outputs, samples
 from normkit.loop.readings import Readings
 from normkit.loop.step_size import StepSize
+from normkit.measure.untouched import original
 from normkit.strategies.coupling import KEEP, Coupling
 from normkit.strategies.recalibrate import Recalibrate
 from normkit.strategies.strategy import Strategy, flattened
@@ -113,7 +114,7 @@ class Attached:
         every: int = 10,
         out: str | Path | Callable[[dict[str, Any]], object] | None = None,
     ) -> None:
-        self.outer, self.model = model, inner(model)
+        self.outer, self.model = model, original(model)
         self.optimizer, self.loader, self.out = optimizer, loader, out
         self.strategies = _several(strategy)
         self.moment = Moment(0, total_steps, steps_per_epoch)
@@ -306,14 +307,6 @@ class Attached:
         self.step_size.load_state_dict(state["step_size"])
         if self.step_size.clip is not None:
             self._clip_from_now(self.step_size.clip)
-
-
-def inner(model: nn.Module) -> nn.Module:
-    """The model that ``torch.compile`` or DistributedDataParallel wraps."""
-    found: Any = model
-    while isinstance(found, nn.parallel.DistributedDataParallel) or "_orig_mod" in found._modules:
-        found = found.module if isinstance(found, nn.parallel.DistributedDataParallel) else found._modules["_orig_mod"]
-    return found
 
 
 def refuse_resumed(step: int) -> None:
