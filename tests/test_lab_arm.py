@@ -7,6 +7,8 @@ import torch
 
 from normkit.lab import LabError
 from normkit.lab.arm import Arm, parse_arm, parse_arms
+from normkit.lab.build import check_arms
+from normkit.lab.experiment import Experiment
 from normkit.lab.knob import make_sweep, parse_sweep, parse_value
 from normkit.lab.parallel import Parallel, cores, parse_parallel
 
@@ -24,6 +26,8 @@ from normkit.lab.parallel import Parallel, cores, parse_parallel
         ("batch+placement:after", Arm("batch", placement="after")),
         ("none+init:0.1", Arm("none", init=0.1)),
         ("adamw+layer+init:2+dropout:.5", Arm("layer", optimizer="adamw", init=2.0, dropout=0.5)),
+        ("batch+scale:0.1+ffn:batch", Arm("batch", choices=(("ffn", "batch"), ("scale", 0.1)))),
+        ("progressive:400+qk:rms", Arm("progressive:400", choices=(("qk", "rms"),))),
     ],
 )
 def test_an_arm_reads_as_it_is_written(text, arm):
@@ -36,7 +40,9 @@ def test_an_arm_reads_as_it_is_written(text, arm):
     [
         ("bach", "did you mean.*batch"),
         ("batch+adamm", "unknown.*'adamm'.*did you mean 'adamw'"),
-        ("batch+droput:0.2", "unknown.*did you mean 'dropout'"),
+        ("batch+qk:", "'qk:' is no key:value"),
+        ("layer+qk:rms+qk:layer", "gives qk twice"),
+        ("gruop:8", "did you mean.*group"),
         ("batch+dropout:1", "dropout:1 is no probability"),
         ("batch+dropout:a", "dropout:a is no number"),
         ("batch+dropout", "dropout needs a value, e.g. dropout:0.2"),
@@ -53,6 +59,27 @@ def test_an_arm_reads_as_it_is_written(text, arm):
 def test_a_wrong_arm_gets_one_sentence_that_says_what_to_write(text, words):
     with pytest.raises(LabError, match=words):
         parse_arm(text)
+
+
+def test_what_else_an_arm_chooses_goes_to_the_model_builder_by_name():
+    asked = []
+
+    def model(norm_layer, scale=1.0):
+        asked.append(scale)
+        return norm_layer(4)
+
+    experiment = Experiment(model=model, data=lambda seed: None, target=0.5)
+    check_arms(experiment, parse_arms("batch, batch+scale:0.1, rep"))
+    assert asked == [1.0, 0.1, 1.0]
+    with pytest.raises(LabError, match=r"needs `scaled`; did you mean 'scale'.*takes \(norm_layer, scale\)"):
+        check_arms(experiment, parse_arms("batch+scaled:0.1"))
+    with pytest.raises(LabError, match="needs `droput`; did you mean 'dropout'"):
+        check_arms(experiment, parse_arms("batch+droput:0.2"))
+
+
+def test_a_choice_is_in_the_record_only_where_one_was_made():
+    assert "choices" not in parse_arm("batch").record("sgd")
+    assert parse_arm("batch+scale:0.1").record("sgd")["choices"] == {"scale": 0.1}
 
 
 def test_arms_come_from_a_line_or_a_list_and_each_once():

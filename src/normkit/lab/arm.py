@@ -15,7 +15,14 @@ OPTIONS = ("dropout", "init", "placement", "running", "processes", "residual", "
 WORDS = ("placement", "residual")
 STEP_SIZE = ("lr/", "rewarm:", "keep")
 """Parts that belong to the phase before them."""
-ADDED: dict[str, Any] = {"running": None, "processes": 1, "residual": "plain", "clip": None, "strategy": ""}
+ADDED: dict[str, Any] = {
+    "running": None,
+    "processes": 1,
+    "residual": "plain",
+    "clip": None,
+    "strategy": "",
+    "choices": (),
+}
 """In a record only where they are used: older questions keep their hash."""
 GRAMMAR = (
     "an arm is a norm and what goes with it, joined by +: none, batch, group:8, none+adamw, batch+momentum, "
@@ -35,7 +42,8 @@ class Arm:
     own. processes: how many train the network together, each on its part of every batch, averaging their gradients.
     residual: how a residual task adds its branches: plain (x + branch), none (no skip), skipinit, fixup,
     normalizer-free. clip: adaptive gradient clipping before every step (the last linear layer is left out), or None.
-    strategy: what changes the norms during training, as `normkit.strategies.parse` reads it.
+    strategy: what changes the norms during training, as `normkit.strategies.parse` reads it. choices: what else the
+    task's model builder is asked for, by its parameters' names: `layer+qk:rms` calls `model(norm_layer, qk="rms")`.
     """
 
     norm: str = "none"
@@ -48,6 +56,7 @@ class Arm:
     residual: str = "plain"
     clip: float | None = None
     strategy: str = ""
+    choices: tuple[tuple[str, float | str], ...] = ()
 
     def __post_init__(self) -> None:
         if self.optimizer is not None and self.optimizer not in OPTIMIZERS:
@@ -87,11 +96,14 @@ class Arm:
         parts += [f"processes:{self.processes}"] if self.processes != 1 else []
         parts += [f"residual:{self.residual}"] if self.residual != "plain" else []
         parts += [f"clip:{self.clip:g}"] if self.clip is not None else []
+        parts += [f"{key}:{value if isinstance(value, str) else format(value, 'g')}" for key, value in self.choices]
         return "+".join(parts)
 
     def record(self, optimizer: str) -> dict[str, Any]:
         """The arm as experiment.json has it; optimizer: the task's own, for an arm that names none."""
         fields = asdict(self) | {"optimizer": self.optimizer or optimizer}
+        if self.choices:
+            fields["choices"] = dict(self.choices)
         return {"name": self.name} | {
             key: value for key, value in fields.items() if key not in ADDED or value != ADDED[key]
         }
@@ -112,6 +124,8 @@ def parse_arm(text: str) -> Arm:
     options = [part for part in parts if part.split(":")[0].lower() in OPTIONS]
     phases = [part for part in parts if "->" in part or "@" in part or part.startswith("recalibrate/")]
     norms = [part for part in parts if part.lower() not in OPTIMIZERS and part not in (*options, *phases)]
+    choices = [part for part in norms if ":" in part and not _is_norm(part)]
+    norms = [part for part in norms if part not in choices] or choices[:1]
     if sorted(optimizers) == ["momentum", "sgd"]:
         optimizers = ["momentum"]  # `sgd+momentum` says the same in more words
     if len(optimizers) > 1:
@@ -131,6 +145,7 @@ def parse_arm(text: str) -> Arm:
         norm=check_norm(norms[0]),
         optimizer=optimizers[0] if optimizers else None,
         strategy=strategy,
+        choices=_read_choices(text, [choice for choice in choices if choice not in norms]),
         **_read_options(text, options),
     )
 
@@ -154,15 +169,26 @@ def check_norm(spec: str) -> str:
     Features are chosen so that every number of groups divides them; whether the number divides the channels of a
     network only the network can say.
     """
-    import normkit
+    from normkit.lab.norm_layer import NormLayer, is_token_norm
 
     argument = spec.partition(":")[2]
     channels = 64 * int(argument) if argument.isdigit() and int(argument) > 0 else 64
     try:
-        normkit.create(spec, channels, dim=2)
+        NormLayer(spec, dim=1 if is_token_norm(spec) else 2)(64 if is_token_norm(spec) else channels)
     except (ValueError, TypeError) as error:
         raise LabError(f"arm {spec!r}: {error}") from None
     return spec
+
+
+def _is_norm(part: str) -> bool:
+    """Whether the word before the colon names a norm."""
+    from normkit.lab.norm_layer import is_token_norm
+    from normkit.vocabulary.spec import find
+
+    try:
+        return is_token_norm(part) or bool(find(part.partition(":")[0]))
+    except ValueError:
+        return False
 
 
 def _whole_phases(parts: list[str]) -> list[str]:
@@ -211,6 +237,22 @@ def _read_options(text: str, options: list[str]) -> dict[str, Any]:
     if "processes" in values and values["processes"].is_integer():
         values["processes"] = int(values["processes"])
     return values
+
+
+def _read_choices(text: str, choices: list[str]) -> tuple[tuple[str, float | str], ...]:
+    """What is left for the model builder to know; numbers where they read as such."""
+    read: dict[str, float | str] = {}
+    for choice in choices:
+        key, _, value = (word.strip().lower() for word in choice.partition(":"))
+        if key in read:
+            raise LabError(f"arm {text!r} gives {key} twice; give it once")
+        if not (key and value):
+            raise LabError(f"arm {text!r}: {choice!r} is no key:value; {GRAMMAR}")
+        try:
+            read[key] = float(value)
+        except ValueError:
+            read[key] = value
+    return tuple(sorted(read.items()))
 
 
 def _number(text: str, key: str, value: str) -> float:

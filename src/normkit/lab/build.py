@@ -13,9 +13,9 @@ from torch import nn
 
 from normkit.blocks import fixup_
 from normkit.clipping import clip_adaptively_before_steps
-from normkit.lab.arm import Arm
+from normkit.lab.arm import OPTIONS, Arm
 from normkit.lab.binding import bind_norms
-from normkit.lab.errors import LabError
+from normkit.lab.errors import LabError, nearest
 from normkit.lab.experiment import Experiment
 from normkit.lab.initial import scale_weights_, weights_fingerprint
 from normkit.lab.norm_layer import NormLayer, norms_of
@@ -107,13 +107,14 @@ def _options(experiment: Experiment, arm: Arm) -> dict[str, Any]:
         "dropout": (arm.dropout, arm.dropout != 0),
         "placement": (arm.placement, arm.placement != "before"),
         "residual": (arm.residual, arm.residual != "plain"),
-    }
+    } | {key: (value, True) for key, value in arm.choices}
     parameters = inspect.signature(experiment.model).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for name, (_, needed) in asked.items():
         if needed and not takes_all and name not in parameters:
             raise LabError(
-                f"arm {arm.name!r} needs `{name}`, but the model builder of {experiment.name} takes "
-                f"({', '.join(parameters)}); add a parameter `{name}` to the builder or leave the arm out"
+                f"arm {arm.name!r} needs `{name}`{nearest(name, (*OPTIONS, *parameters))}, but the model builder of "
+                f"{experiment.name} takes ({', '.join(parameters)}); add a parameter `{name}` to the builder or leave "
+                "the arm out"
             )
     return {name: value for name, (value, _) in asked.items() if takes_all or name in parameters}

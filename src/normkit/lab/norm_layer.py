@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 import normkit
+from normkit.blocks import token_norms
 
 _MARK = "made_by_norm_layer"
 
@@ -27,9 +28,17 @@ class NormLayer:
     def __call__(self, num_features: int, *, dim: int | None = None, **options: Any) -> nn.Module:
         if self.running is not None:
             options = {"momentum": self.running} | options
-        norm = normkit.create(self.spec, num_features, dim=dim or self.dim, **options)
+        if is_token_norm(self.spec) and (dim or self.dim) == 1:
+            norm = token_norms.token_norm(self.spec, num_features, **options)
+        else:
+            norm = normkit.create(self.spec, num_features, dim=dim or self.dim, **options)
         setattr(norm, _MARK, True)
         return norm
+
+
+def is_token_norm(spec: str) -> bool:
+    """Whether it names a norm of tokens that only `normkit.blocks` knows: `rep`, `progressive:400`."""
+    return spec.partition(":")[0].lower() in (token_norms.REP, token_norms.PROGRESSIVE)
 
 
 def norms_of(model: nn.Module) -> dict[str, nn.Module]:
