@@ -122,10 +122,15 @@ def test_a_sample_calls_once_untimed_and_counts_the_faults_of_the_rest():
     assert 0 < taken.forward <= taken.whole
 
 
-@pytest.mark.parametrize(("switches", "preempted"), [((7, 7), False), ((7, 8), True)])
-def test_a_sample_that_lost_its_processor_says_so(monkeypatch, switches, preempted):
+@pytest.mark.parametrize(
+    ("switches", "seconds", "preempted"),
+    [((7, 7), 0.0, False), ((7, 8), 0.0, True), ((7, 8), 0.1, True), ((7, 17), 2.0, False), ((7, 18), 2.0, True)],
+)
+def test_a_sample_that_lost_its_processor_says_so(monkeypatch, switches, seconds, preempted):
     usage = iter(SimpleNamespace(ru_nivcsw=count, ru_minflt=0) for count in switches)
     monkeypatch.setattr(clock.resource, "getrusage", lambda who: next(usage))
+    times = iter((0.0, seconds / 2, seconds))
+    monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter=lambda: next(times)))
     assert take(Step(lambda: None, lambda result: None)).preempted == preempted
 
 

@@ -19,6 +19,8 @@ RETRIES = 2
 """How often a preempted sample is taken again within its round."""
 LEAST_ROUNDS = 4
 """No time limit stops before this many."""
+TOLERATED = 5
+"""Times per second that a sample may lose a processor: a few milliseconds each, so that a step of seconds can be quiet."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Sample:
     forward: float
     whole: float
     preempted: bool
+    """It lost a processor more than ``TOLERATED`` times per second; a short one: at all."""
     faults: float
     """Page faults per call."""
 
@@ -64,7 +67,7 @@ def take(step: Step, repeats: int = 1, settle: Callable[[], None] = lambda: None
     return Sample(
         forward / repeats,
         whole / repeats,
-        after.ru_nivcsw > before.ru_nivcsw,
+        after.ru_nivcsw - before.ru_nivcsw > TOLERATED * whole,
         (after.ru_minflt - before.ru_minflt) / repeats,
     )
 
