@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from normkit.dispatch import Backend, Call
+from normkit.call import Call
+from normkit.dispatch import Backend
 from normkit.epilogue import apply
 from normkit.layout import Layout, solve
 from normkit.vocabulary.spec import Spec

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor, nn
 
 import normkit as nk
-from normkit.dispatch import BACKENDS, _record
+from normkit.dispatch import BACKENDS
 from normkit.epilogue import activation_module
+from normkit.explanation import recorded
 
 OPERATIONS = 4
 PROBES, NUDGE = 6, 2.0**-24
@@ -98,7 +99,7 @@ def known_statistics(layer: nn.Module) -> list[Tensor]:
 
 def refusal(backend: str, layer: nn.Module, x: Tensor, residual: Tensor | None = None) -> str:
     """Why a backend does not take this input; empty: it does. The reference takes whatever it is asked for."""
-    call = _record(layer, x.detach().requires_grad_(), residual)
+    call = recorded(layer, x.detach().requires_grad_(), residual=residual)
     return "" if backend == "reference" else "; ".join(BACKENDS[backend].reasons_against(call))
 
 

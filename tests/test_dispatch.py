@@ -340,3 +340,12 @@ def test_an_error_that_is_not_about_the_arguments_passes_as_it_is(monkeypatch):
     plug(monkeypatch, Backend("full", lambda call: [], run))
     with pytest.raises(OutOfMemory, match=r"^2 GiB$"):
         nk.LayerNorm(3)(torch.randn(2, 3))
+
+
+def test_explain_passes_on_whatever_else_a_layer_takes():
+    per_step = nk.BatchNorm1d(4, statistics=nk.statistics.PerStep(3))
+    assert nk.explain(per_step, torch.randn(8, 4), step=2).norm == "batch_norm"
+    with_mask = nk.explain(nk.LayerNorm(4), torch.randn(2, 3, 4), mask=torch.tensor([[True, True, False], [True] * 3]))
+    assert with_mask.norm == "layer_norm"
+    with pytest.raises(TypeError, match="unexpected keyword argument 'steps'"):
+        nk.explain(per_step, torch.randn(8, 4), steps=2)

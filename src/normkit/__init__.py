@@ -14,7 +14,8 @@ from normkit import functional, laws, statistics
 from normkit.advise import advise
 from normkit.allocator import tune_allocator
 from normkit.create import create, factory, list_norms
-from normkit.dispatch import Explanation, backend, explain
+from normkit.dispatch import backend
+from normkit.explanation import Explanation, explain
 from normkit.moments import Moments
 from normkit.norms.batch_norm import (
     BatchNorm1d,

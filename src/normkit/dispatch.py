@@ -1,4 +1,4 @@
-"""Picks a backend for one application of a norm, and explains the choice.
+"""Picks a backend for one application of a norm; :mod:`normkit.explanation` says which, and why not the others.
 
 ``native`` runs the compiled CPU kernels, ``triton`` those for GPUs. ``torch`` runs torch's operators under torch's
 autograd: the fall-back, and what exported programs consist of. ``reference`` is the oracle and runs only when it is
@@ -12,82 +12,17 @@ import difflib
 import functools
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from normkit import epilogue, masked, reference
+from normkit.call import Call
 from normkit.kernels import loading, native, output_saved, triton
 from normkit.kernels import phases as halves
-from normkit.layout import solve
-from normkit.vocabulary.problem import Problem
 from normkit.vocabulary.spec import Spec
-
-
-@dataclass
-class Call:
-    """One application of a norm: all that a backend may need to know."""
-
-    spec: Spec
-    x: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
-    by_torch: Callable[[], Tensor]
-    """The norm by torch's own operators, without the epilogue; it moves the running statistics in place."""
-    eps: float = 0.0
-    over: str | None = None
-    """The pattern, where it differs from the spec's (channels-first layer norm)."""
-    groups: int = 1
-    trailing: int = 1
-    sizes: tuple[int, ...] | None = None
-    """Of the axes that carry the weight, where the caller names them: an input that differs is an error."""
-    residual: Tensor | None = None
-    activation: epilogue.Activation = None
-    running_mean: Tensor | None = None
-    running_var: Tensor | None = None
-    batch_statistics: bool = True
-    momentum: float = 0.0
-    save_output: bool = False
-    """Keep the output for the backward pass, not the input."""
-    reference: Callable[[], Tensor] | None = None
-    """The exact arithmetic of a norm that pools nothing; ``None``: the pattern says it."""
-    counted: Tensor | None = None
-    """Broadcasts against the input: which values enter the statistics; ``None``: all."""
-    merged: bool = False
-    """The moments are merged with others before they normalise: kernels run in two halves (:func:`phases`)."""
-    composite: bool = False
-    """What normalises is worked out by torch's operators alone, and so is the rest."""
-    plan: Any = None
-    """What a kernel that has no reason against the call has looked up for it."""
-
-    def __post_init__(self) -> None:
-        if self.over is None:
-            self.over = self.spec.over
-
-    def problem(self) -> Problem | None:
-        """What a kernel sees; ``None`` for a norm that pools nothing."""
-        if self.over is None:
-            return None
-        layout = solve(self.over, tuple(self.x.shape), groups=self.groups, trailing=self.trailing)
-        tensors = (self.x, self.weight, self.bias, self.residual)
-        return Problem(
-            kind="channels" if 0 in layout.pooled and self.x.dim() > 1 and 0 not in layout.weighted else "rows",
-            shape=tuple(self.x.shape),
-            strides=tuple(self.x.stride()),
-            view=layout.view,
-            pooled=layout.pooled,
-            weighted=layout.weighted,
-            dtype=str(self.x.dtype).removeprefix("torch."),
-            weight_dtype=None if self.weight is None else str(self.weight.dtype).removeprefix("torch."),
-            device=self.x.device.type,
-            center=self.spec.center,
-            training=self.batch_statistics,
-            activation=epilogue.fusible(self.activation)[0],
-            residual=self.residual is not None,
-            grad=torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors),
-        )
 
 
 @dataclass(frozen=True)
@@ -152,7 +87,7 @@ def normalize(
             by_torch = functools.partial(masked.normalised, call)
         following: dict[str, Any] = {"residual": residual, "activation": activation, "backend": backend}
         return torch.where(mask, normalize(spec, x, weight, bias, by_torch=by_torch, **following, **details), 0)
-    name = backend or _active
+    name = asked(backend)
     followed = residual is not None or activation is not None
     try:
         direct = name == "torch" or (name == "auto" and _torch_at_once(spec, x, activation, followed, **details))
@@ -183,10 +118,8 @@ def _decided(
     if direct and not save_output and _recording is None:  # skip the bookkeeping, which small tensors would feel
         return epilogue.apply(by_torch(), residual, activation, fresh=_is_fresh(spec, details))
     call = Call(spec, x, weight, bias, by_torch, residual=residual, activation=activation, **details)
-    if _recording is not None and _recorder == threading.get_ident():
-        _recording.append(call)
-        raise _Recorded
-    chosen = _choose(call, name)
+    _record(call)
+    chosen = choose(call, name)
     if save_output and chosen is not REFERENCE and output_saved.applies(call):
         return output_saved.run(call, by_kernel=chosen is NATIVE)
     return chosen.run(call)
@@ -197,12 +130,10 @@ def phases(call: Call, backend: str | None = None) -> Callable[..., tuple[Tensor
 
     ``None``: torch's operators under torch's autograd, for whoever wants to see these.
     """
-    name = backend or _active
+    name = asked(backend)
     if call.residual is not None and call.residual.shape != call.x.shape:
         raise ValueError(_misfit(call.spec, call.x, call.residual))
-    if _recording is not None and _recorder == threading.get_ident():
-        _recording.append(call)
-        raise _Recorded
+    _record(call)
     if name == "reference" or halves.watched():
         return None
     chosen = TRITON if name == "triton" or (name == "auto" and _by_triton(call)) else NATIVE
@@ -262,7 +193,17 @@ def _torch_at_once(
     return native.torch_is_faster(over or spec.over, spec.center, x, activation, followed)
 
 
-def _choose(call: Call, name: str) -> Backend:
+def asked(by_layer: str | None) -> str:
+    """The name that counts: the layer's own, or the one of the surrounding ``nk.backend``."""
+    return by_layer or _active
+
+
+def choose(call: Call, name: str) -> Backend:
+    """The backend of this name; for ``auto``, the first that has nothing against the call.
+
+    Raises:
+        RuntimeError: the one asked for has reasons against the call.
+    """
     if name != "auto":
         chosen = BACKENDS[known(name)]
         if chosen is not REFERENCE and (against := chosen.reasons_against(call)):
@@ -298,89 +239,34 @@ def backend(name: str) -> Iterator[None]:
         _active = before
 
 
-@dataclass(frozen=True)
-class Explanation:
-    """Which backend runs a norm on an input, and why the others do not."""
-
-    norm: str
-    backend: str
-    reasons: dict[str, list[str]]
-    """By backend that does not run."""
-    problem: Problem | None
-
-    def __str__(self) -> str:
-        lines = [f"{self.norm}: the {self.backend} backend runs."]
-        if self.problem is not None:
-            p = self.problem
-            where = " x ".join(map(str, p.shape))
-            lines.append(
-                f"  input {where} {p.dtype} on {p.device}; {p.statistics:,} statistics over {p.values:,} values each"
-            )
-            lines.append(f"  least memory traffic of the forward pass: {p.bytes_moved / 1e6:,.2f} MB")
-        lines += [f"  not {name}: {'; '.join(reasons)}" for name, reasons in self.reasons.items()]
-        return "\n".join(lines)
-
-    def to_json(self) -> dict[str, Any]:
-        """The same as plain data."""
-        return asdict(self)
-
-
-def explain(norm: nn.Module, x: Tensor, *, residual: Tensor | None = None) -> Explanation:
-    """Say which backend would run ``norm`` on ``x``, and why the others would not.
-
-    The layer is applied once to find out; its running statistics and the random state stay as they are.
-
-    >>> import torch, normkit as nk
-    >>> print(nk.explain(nk.GroupNorm(32, 64), torch.randn(8, 64, 56, 56)))  # doctest: +ELLIPSIS
-    group_norm: the ... backend runs.
-    ...
-
-    Raises:
-        TypeError: ``norm`` is not a normkit layer.
-    """
-    call = _record(norm, x, residual)
-    name = getattr(norm, "backend", None) or _active
-    chosen = _choose(call, name)
-    reasons = {
-        other.name: other.reasons_against(call)
-        or (other.reluctance(call) if name == "auto" else [])
-        or [_not_taken(name, chosen)]
-        for other in BACKENDS.values()
-        if other is not chosen
-    }
-    return Explanation(call.spec.name, chosen.name, reasons, call.problem())
-
-
-def _not_taken(asked: str, chosen: Backend) -> str:
-    return f"{chosen.name} goes before it" if asked == "auto" else f"{asked} was asked for by name"
-
-
 class _Recorded(Exception):
     """Ends a layer's forward where a backend would start."""
 
 
-class _Refused(RuntimeError):
-    """A backend that was asked for by name has reasons against the call; its message needs no further context."""
+@contextlib.contextmanager
+def recording() -> Iterator[list[Call]]:
+    """The first layer that this thread calls inside ends where a backend would start, and so does the block.
 
-
-def _record(norm: nn.Module, x: Tensor, residual: Tensor | None) -> Call:
-    """The call that ``norm`` makes for ``x``; nothing is computed and nothing is committed."""
+    The list holds its call; nothing is computed and nothing is committed.
+    """
     global _recording, _recorder
-    if not hasattr(norm, "spec"):
-        raise TypeError(
-            f"explain: {type(norm).__module__}.{type(norm).__qualname__} is not a normkit layer.\n"
-            "  make one with nk.create(...), or use the class of the same name in normkit"
-        )
     calls: list[Call] = []
-    with _one_at_a_time:
+    with _one_at_a_time, contextlib.suppress(_Recorded):
         _recording, _recorder = calls, threading.get_ident()
         try:
-            norm.forward(x) if residual is None else norm.forward(x, residual=residual)
-        except _Recorded:
-            pass
+            yield calls
         finally:
             _recording = None
-    return calls[0]
+
+
+def _record(call: Call) -> None:
+    if _recording is not None and _recorder == threading.get_ident():
+        _recording.append(call)
+        raise _Recorded
+
+
+class _Refused(RuntimeError):
+    """A backend that was asked for by name has reasons against the call; its message needs no further context."""
 
 
 def _misfit(spec: Spec, x: Tensor, residual: Tensor) -> str:

@@ -15,7 +15,7 @@ from normkit.layout import roles
 from normkit.moments import Moments
 
 if TYPE_CHECKING:
-    from normkit.dispatch import Call
+    from normkit.call import Call
 
 
 def divides(call: Call, mask: Tensor) -> bool:

@@ -16,7 +16,7 @@ from normkit.epilogue import apply
 from normkit.layout import solve
 
 if TYPE_CHECKING:
-    from normkit.dispatch import Call
+    from normkit.call import Call
 
 
 def run(call: Call) -> Tensor:

@@ -15,7 +15,7 @@ from normkit.kernels import loading, operators
 from normkit.kernels.plan import Plan, alike, plan_for
 
 if TYPE_CHECKING:
-    from normkit.dispatch import Call
+    from normkit.call import Call
 
 BATCH, LAYER, GROUP, OVER_CHANNELS = "[n] c [s...]", "n... [c...]", "n (g [c]) [s...]", "n [c] s..."
 SMALL = {BATCH: 2**14, LAYER: 2**20, GROUP: 2**21}

@@ -22,7 +22,7 @@ from normkit.layout import solve
 from normkit.vocabulary.problem import Problem
 
 if TYPE_CHECKING:
-    from normkit.dispatch import Call
+    from normkit.call import Call
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from normkit.kernels import contract, loading, native
 from normkit.kernels.plan import ACTIVATIONS, LEAKY_RELU_OUTPUT, SHAPES, TYPES, Plan, alike
 
 if TYPE_CHECKING:
-    from normkit.dispatch import Call
+    from normkit.call import Call
 
 LEAST_WEIGHT = 1e-3
 """Smaller ones are a few steps of an optimizer away from zero, where the input is lost."""

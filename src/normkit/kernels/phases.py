@@ -21,7 +21,7 @@ from normkit.kernels.plan import Plan, alike
 from normkit.moments import Moments
 
 if TYPE_CHECKING:
-    from normkit.dispatch import Call
+    from normkit.call import Call
 
 
 def watched() -> bool:

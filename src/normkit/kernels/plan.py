@@ -14,7 +14,7 @@ from normkit.kernels import contract, loading
 from normkit.layout import solve
 
 if TYPE_CHECKING:
-    from normkit.dispatch import Call
+    from normkit.call import Call
 
 SHAPES = {"planes": 0, "columns": 1, "rows": 2, "tiles": 3}
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}

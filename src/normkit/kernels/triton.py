@@ -17,7 +17,7 @@ from normkit.kernels import contract, native, operators
 from normkit.kernels.plan import MAKERS, Plan, alike, plan_for
 
 if TYPE_CHECKING:
-    from normkit.dispatch import Call
+    from normkit.call import Call
 
 PROVEN: str | None = None
 """The commit of these kernels at which parity has passed on a GPU: records/bench/gpu/<commit>/ holds the record.

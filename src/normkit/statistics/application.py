@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
 from normkit import epilogue
-from normkit.dispatch import Call, normalize, phases
+from normkit.call import Call
+from normkit.dispatch import normalize, phases
 from normkit.moments import Moments
 from normkit.norm import unambiguous
 from normkit.statistics.buffers import Kept, as_statistics
