@@ -26,7 +26,8 @@ from normkit.lab.norm_layer import norms_of
 from normkit.lab.worker import seeded_data
 from normkit.laws import LAWS
 from normkit.measure.structure import OF_OPTIMIZER
-from normkit.report import bench_summary, bench_synchronized, depth, small_batches, strategies
+from normkit.report import bench_summary, bench_synchronized, bench_watch, depth, small_batches, strategies
+from normkit.report.labels import sentence
 from normkit.report.words import verdict
 from normkit.rules import RULES
 from normkit.rules.rule import Rule
@@ -49,6 +50,7 @@ TASKS = ("digits", "digits-relu", "digits-cnn")
 """In the order of the README."""
 OVERHEAD = Path("records") / "bench" / "overhead"
 SYNCHRONIZED = Path("records") / "bench" / "synchronized"
+WATCHED = Path("records") / "bench" / "watch"
 SMALL = ("small-batches", "cut-batches")
 """Sweeps over the batch size, in the order in which they answer."""
 DIGEST = Path("src") / "normkit" / "small_batches.json"
@@ -281,6 +283,114 @@ def cost_of_synchronising(root: Path) -> str:
         f"{table(found.header, found.rows)}\n\n{made['processor']}, one thread per process, torch {made['torch']}: "
         f"`{made['command']}`, [every number](../{SYNCHRONIZED}/report.md). ~: the machine was busy."
     )
+
+
+def cost_of_watching(root: Path) -> str:
+    """What `nk.watch` costs in a training step, from the committed record."""
+    file = root / WATCHED / "bench.jsonl"
+    if not file.exists():
+        command = f"normkit bench --op watch --out {WATCHED}"
+        return f"No record of a quiet machine is committed yet; `{command}` makes one."
+    made, *records = read_lines(file)
+    found = bench_watch.table(records, "~")
+    told = bench_watch.answer(records)
+    answer = f"{sentence(told[0])}\n\n" if told else ""
+    identical = all(record.get("identical") for record in records if record.get("state") == "measured")
+    same = (
+        "Three steps of each, watched and not, were compared bit for bit before anything was timed. "
+        if identical
+        else ""
+    )
+    return (
+        f"{answer}{table(found.header, found.rows)}\n\n{same}{made['processor']}, {made['threads of torch']} threads, "
+        f"torch {made['torch']}: `{made['command']}`, [every number](../{WATCHED}/report.md). ~: the machine was busy."
+    )
+
+
+def small_batches_digest(root: Path) -> dict[str, Any]:
+    """The sweeps over the batch size, in short."""
+    files = {(RECORDS / name).as_posix(): root / RECORDS / name / "summary.json" for name in SMALL}
+    records = {where: json.loads(file.read_text(encoding="utf-8")) for where, file in files.items() if file.exists()}
+    experiment = next(iter(records.values()))["experiment"]
+    return digest(records, _values_per_sample(experiment))
+
+
+def _values_per_sample(experiment: dict[str, Any]) -> int:
+    """How many values of a channel reach a norm of the network per sample; all its norms see equally many."""
+    task = Source(experiment["task"]).load(experiment["options"])
+    model, _ = build_model(task, Arm("none"), seed=0)
+    seen: set[int] = set()
+    for norm in norms_of(model).values():
+        norm.register_forward_pre_hook(lambda _, given: seen.add(given[0][0, 0].numel()))
+    model(seeded_data(task, 0).train.first(1)[0])
+    (values,) = seen
+    return values
+
+
+def small_batches_page(text: str) -> str:
+    """``text`` of docs/small-batches.md with the tables of the committed sweeps."""
+    found = small_batches_digest(ROOT)
+    first, *others = found["records"]
+    words = "\n".join(f"- {sentence}" for sentence in small_batches.sentences(found, first))
+    text = between_marks("docs/small-batches.md", text, "words", words)
+    tables = {
+        "accuracy": small_batches.accuracy(found, first),
+        "at-test": small_batches.at_test(found, first),
+        "race": small_batches.race(found, first),
+        "cost": small_batches.cost(found, first),
+    }
+    for record in others:
+        tables |= {"cut": small_batches.accuracy(found, record), "cut-cost": small_batches.cost(found, record)}
+    for name, one in tables.items():
+        text = between_marks("docs/small-batches.md", text, name, table(one.header, one.rows))
+    made = "; ".join(
+        f"[{where}](../{where}/report.md), `{about['command']}`, {about['seeds']} paired seeds, {about['samples']} "
+        f"samples seen, {about['processor']}, torch {about['torch']}"
+        for where, about in found["records"].items()
+    )
+    return between_marks("docs/small-batches.md", text, "records", f"Records: {made}.")
+
+
+def small_batches_pages() -> dict[Path, str]:
+    """The page and the digest, where a sweep is committed."""
+    if not (ROOT / RECORDS / SMALL[0] / "summary.json").exists():
+        return {}
+    page = ROOT / "docs" / "small-batches.md"
+    return {
+        page: small_batches_page(page.read_text(encoding="utf-8")),
+        ROOT / DIGEST: json.dumps(small_batches_digest(ROOT), indent=1, ensure_ascii=False) + "\n",
+    }
+
+
+def strategies_compared(root: Path) -> str:
+    """The comparison of strategies: every arm against batch norm that never changes."""
+    summary = json.loads((root / RECORDS / "strategies" / "summary.json").read_text(encoding="utf-8"))
+    about, runs = summary["experiment"], final_runs(summary)
+    others = [arm["name"] for arm in about["arms"] if arm["name"] != "batch"]
+    gaps = {name: against("batch", runs, name, about["metric"]["higher_is_better"]) for name in others}
+    found, made = strategies.table(summary, gaps), about["environment"]
+    return (
+        f"{table(found.header, found.rows)}\n\n{len(about['seeds'])} paired seeds, in brackets 95 % bootstrap "
+        f"intervals, {about['steps']} steps, {made['processor']}, torch {made['torch']}; "
+        "[every number](../records/compare/strategies/report.md). Jumps are in deviations of the outputs before."
+    )
+
+
+def depth_page(text: str) -> str:
+    """``text`` of docs/what-works-where.md with the tables of the sweep over the depth."""
+    where = RECORDS / "deep-residual"
+    summary = json.loads((ROOT / where / "summary.json").read_text(encoding="utf-8"))
+    about, made = summary["experiment"], summary["experiment"]["environment"]
+    tables = {"depth": depth.accuracy, "gradients": depth.gradients, "depth-cost": depth.cost}
+    for name, draw in tables.items():
+        found = draw(summary)
+        text = between_marks("docs/what-works-where.md", text, name, table(found.header, found.rows))
+    record = (
+        f"Record: [{where}](../{where}/report.md), `{about['command']}`, {len(about['seeds'])} paired seeds, in "
+        f"brackets 95 % bootstrap intervals, {made['processor']}, torch {made['torch']}.\n\n"
+        f"![Test accuracy along the depth](../{where}/picture.svg)"
+    )
+    return between_marks("docs/what-works-where.md", text, "depth-record", record)
 
 
 def small_batches_digest(root: Path) -> dict[str, Any]:
@@ -540,7 +650,7 @@ def quantities() -> str:
     parts = []
     for stage, takes in STAGES.items():
         rows = [
-            [f"`{q.name}`", q.per, q.unit or NOTHING, cell(q.formula), q.paper or NOTHING]
+            [f"`{q.name}`", q.per, q.unit or NOTHING, cell(f"{q.means} {q.formula}".strip()), q.paper or NOTHING]
             for q in ALL_QUANTITIES.values()
             if q.stage == stage
         ]
@@ -566,6 +676,12 @@ def pages() -> dict[Path, str]:
             (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8"),
             "synchronized",
             cost_of_synchronising(ROOT),
+        ),
+        ROOT / "docs" / "watch.md": between_marks(
+            "docs/watch.md",
+            (ROOT / "docs" / "watch.md").read_text(encoding="utf-8"),
+            "watched",
+            cost_of_watching(ROOT),
         ),
         **small_batches_pages(),
         ROOT / "docs" / "what-works-where.md": depth_page(

@@ -27,11 +27,12 @@ class Asked:
     loss_fn: Callable[..., Tensor] | None = None
     optimizer: torch.optim.Optimizer | None = None
     readings: Iterable[Reading] = ()
+    call: Callable[[nn.Module, Any], Any] | None = None
 
     def diagnose(self, rule: str) -> Diagnosis:
         if self.model is None:
             return Diagnosis.of_readings(self.readings, {}, select=rule)
-        return nk.diagnose(self.model, self.batch, self.loss_fn, self.optimizer, select=rule)
+        return nk.diagnose(self.model, self.batch, self.loss_fn, self.optimizer, select=rule, call=self.call)
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,36 @@ class Attention(nn.Module):
         return F.scaled_dot_product_attention(query, key, x)
 
 
+class HandwrittenLayerNorm(nn.Module):
+    """In the type that comes in, or in float32; means by torch's mean, or by another operator."""
+
+    def __init__(self, width: int, wide: bool = False, averaged_by: Callable[[Tensor, Tensor], Tensor] | None = None):
+        super().__init__()
+        self.weight, self.wide, self.averaged_by = nn.Parameter(torch.ones(width)), wide, averaged_by
+
+    def forward(self, x: Tensor) -> Tensor:
+        given, x = x.dtype, x.float() if self.wide else x
+        d = x - self.mean(x)
+        return (d * (self.mean(d.square()) + 1e-5).rsqrt()).to(given) * self.weight
+
+    def mean(self, x: Tensor) -> Tensor:
+        if self.averaged_by is None:
+            return x.mean(-1, keepdim=True)
+        return self.averaged_by(x, torch.full((1, x.shape[-1]), 1 / x.shape[-1], dtype=x.dtype))
+
+
+def in_half(norm: nn.Module, mean: float, dtype: torch.dtype = torch.bfloat16, scale: float = 1.0) -> Asked:
+    return Asked(nn.Sequential(norm).to(dtype), (scale * images().squeeze(1) + mean).to(dtype))
+
+
+def under_autocast(norm: nn.Module) -> Asked:
+    def call(model: nn.Module, batch: Any) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(batch)
+
+    return Asked(nn.Sequential(norm), images().squeeze(1) + 30, call=call)
+
+
 class Padded(nn.Module):
     """Sequences (n, c, l) through a batch norm, with or without a mask."""
 
@@ -202,6 +233,7 @@ def run(**series: list[float]) -> Asked:
     of_parameter = ("update_to_weight",)
     place = lambda name: "norm" if name in of_norm else "weight" if name in of_parameter else ""
     values = [Reading(n, v, place(n), step) for n, vs in series.items() for step, v in enumerate(vs)]
+    values += [Reading("buffers_overwritten", 1.0)] if "processes" in series else []
     return Asked(readings=[*facts, *values])
 
 
@@ -306,6 +338,13 @@ GROUPS = [nn.Flatten(), nn.Linear(64, 8), nn.GroupNorm(8, 8), nn.ReLU()]
 
 CASES = (
     Case(
+        "first_nan",
+        "error",
+        lambda: Asked(readings=[Reading("first_nan", "0 (Linear) gives the first values that are not finite", "0", 7)]),
+        lambda: run(gradient_nonfinite=[0.0]),
+        same_run(gradient_nonfinite=[0.0]),
+    ),
+    Case(
         "non_finite_parameters",
         "error",
         lambda: Asked(changed(convolution(nn.BatchNorm2d(8)), fill("0.weight", float("nan")))),
@@ -403,6 +442,29 @@ CASES = (
         lambda: Asked(convolution(nn.BatchNorm2d(8)).half()),
         lambda: Asked(convolution(nk.BatchNorm2d(8)).half()),
         by_hand(float_statistics),
+    ),
+    Case(
+        "imprecise_arithmetic",
+        "warning",
+        lambda: in_half(HandwrittenLayerNorm(8), 30.0),
+        lambda: in_half(HandwrittenLayerNorm(8), 0.0),
+        instead(lambda: in_half(HandwrittenLayerNorm(8, wide=True), 30.0)),
+    ),
+    Case(
+        "imprecise_arithmetic",
+        "error",
+        lambda: in_half(HandwrittenLayerNorm(8), 0.0, torch.float16, 400.0),
+        lambda: in_half(nn.LayerNorm(8), 0.0, torch.float16, 400.0),
+        instead(lambda: in_half(nk.LayerNorm(8), 0.0, torch.float16, 400.0)),
+        name="overflow",
+    ),
+    Case(
+        "imprecise_arithmetic",
+        "warning",
+        lambda: under_autocast(HandwrittenLayerNorm(8, averaged_by=F.linear)),
+        lambda: under_autocast(HandwrittenLayerNorm(8)),
+        instead(lambda: under_autocast(nk.LayerNorm(8))),
+        name="autocast",
     ),
     Case(
         "statistics_hold_their_start",

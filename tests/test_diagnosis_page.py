@@ -19,10 +19,12 @@ import torch
 from torch import nn
 
 import normkit as nk
-from normkit.report import diagnosis_page
+from normkit.report import diagnosis_page, layer_table, run_sections
+from normkit.report.glossary import TERMS
 from normkit.report.plots.heat import _scale, heat_map
 from normkit.vocabulary.finding import Finding
 from normkit.vocabulary.prescription import Prescription
+from normkit.watching.quantities import ALL
 
 EVIL = '<script>alert("x")</script> & $x_1$'
 
@@ -222,6 +224,34 @@ def test_the_page_of_a_real_diagnosis(tmp_path):
     page = Page(path.read_text(encoding="utf-8"))
     assert "no_running_statistics" in path.read_text(encoding="utf-8")
     assert {"answer", "findings", "layers", "appendix"} <= {*page.ids}
+
+
+def test_every_quantity_and_word_on_the_page_is_in_its_glossary(tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    batch = torch.randn(4, 3, 8, 8), torch.randn(4, 8, 6, 6)
+    found = nk.diagnose(model, batch, nn.functional.mse_loss)
+    data = found.to_json()
+    assert {*data["quantities"]} == {reading.quantity for reading in found.readings}
+    text = diagnosis_page.page(data)
+    for name, known in data["quantities"].items():
+        assert known == {field: getattr(ALL[name], field) for field in ("means", "formula", "unit", "paper", "per")}
+        assert html.escape(name.replace("_", " ")) in text
+        assert html.escape(known["means"] or known["formula"][1:], quote=False) in text
+        assert html.escape(known["paper"]) in text
+    layers = {
+        word
+        for column in (*layer_table.NORMS, *layer_table.ACTIVATIONS)
+        for word in ("σ", "γ", "ε")
+        if word in column.header
+    }
+    assert layers <= {*TERMS}
+    assert {f"loss_{way}" for way in ("training", "running", "batch_statistics")} <= {*data["quantities"]}
+    assert {*run_sections.LOSSES.values()} <= {*TERMS}
+
+
+def test_the_page_shows_no_quantity_that_nobody_measures():
+    assert {quantity for quantity, *_ in run_sections.MAPS} <= {*ALL}
+    assert {*layer_table.OF_A_NORM} <= {*ALL}
 
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

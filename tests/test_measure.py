@@ -17,6 +17,7 @@ from normkit.measure.asked import OF_OPTIMIZER
 from normkit.measure.gradients import growth
 from normkit.measure.untouched import untouched
 from normkit.vocabulary.reading import Reading
+from normkit.watching.quantities import ALL
 
 
 def numbers(model, batch=None, **options):
@@ -266,6 +267,42 @@ def test_what_is_read_off_without_data():
     assert {name: found[name, "0"] for name in expected} == expected
 
 
+# precision
+
+
+class RoughNorm(nn.Module):
+    """A quarter too much, or without end, in half precision."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x):
+        self.seen += 1
+        return x * self.factor if x.dtype == torch.bfloat16 else x * 1.0
+
+
+@pytest.mark.parametrize(("factor", "error"), [(1.25, 0.25), (1.0, 0.0), (math.inf, math.inf)])
+def test_the_error_of_half_precision_in_closed_form(factor, error):
+    norm, x, calls = RoughNorm(factor), torch.tensor([[1.0, 2.0, -4.0]]), []
+    norm.register_forward_hook(lambda *_: calls.append(1))
+    found = numbers(nn.Sequential(norm), x.bfloat16(), quantities=["arithmetic_error"])
+    assert found == {("arithmetic_error", "0"): pytest.approx(error)}
+    assert calls == [1]  # the hooks of others hear the one pass that is measured
+    assert norm.seen == 0
+    assert numbers(nn.Sequential(norm), x, quantities=["arithmetic_error"]) == {}
+
+
+def test_norms_that_compute_in_float32_have_no_error_in_half_precision():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nk.BatchNorm2d(8, activation="relu"), nn.GroupNorm(2, 8), nn.Flatten())
+    model = nn.Sequential(*model, nk.LayerNorm(8 * 25), nn.RMSNorm(8 * 25)).bfloat16()
+    found = numbers(model, 4 * torch.randn(5, 3, 7, 7).bfloat16() + 30, quantities=["arithmetic_error"])
+    assert {name: round(value, 4) for (_, name), value in found.items()} == {"1": 0.0, "2": 0.0, "4": 0.0, "5": 0.0}
+    torchs = numbers(nn.BatchNorm1d(8).bfloat16(), 30 + torch.randn(9, 8).bfloat16(), quantities=["arithmetic_error"])
+    assert torchs["arithmetic_error", ""] > 0.02  # its mean has the type of its parameters
+
+
 # evaluations
 
 
@@ -494,7 +531,9 @@ def test_a_call_of_ones_own():
 
 
 def test_every_quantity_says_what_it_is():
-    for name, quantity in QUANTITIES.items():
+    for name, quantity in ALL.items():
+        signs = any(sign in quantity.formula for sign in ("|", " / ", "^", "min ", "max "))
+        assert quantity.means.endswith(".") or (not signs or quantity.stage == "model"), name
         assert name == quantity.name
         assert quantity.formula
         assert quantity.paper == "" or "arXiv:" in quantity.paper

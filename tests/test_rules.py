@@ -13,6 +13,7 @@ from normkit import rules
 from normkit.rules import MENU, RULES
 from normkit.rules.judge import judge
 from normkit.vocabulary.evidence import Evidence
+from normkit.vocabulary.reading import Reading
 from normkit.vocabulary.spec import REGISTRY
 from normkit.watching.quantities import ALL as QUANTITIES
 from rule_cases import CASES, Case
@@ -84,6 +85,40 @@ def test_a_rule_that_lacks_a_quantity_is_not_asked_and_the_reason_is_given():
     rule = RULES["train_eval_gap"]
     _, not_asked = judge([rule], Evidence([]), {"batch_statistics_gap": "a batch"})
     assert not_asked == {"train_eval_gap": "batch_statistics_gap was not measured; it takes a batch"}
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("losses", "told"),
+    [
+        ([1.0] * 6 + [NAN] * 3, []),  # the loss is NaN because the gradient was
+        ([1.0] * 5 + [9.0] + [NAN] * 3, ["loss_spikes"]),  # and this may be why
+    ],
+)
+@pytest.mark.parametrize("lost", ["first_nan", "gradient_nonfinite"])
+def test_what_comes_after_a_nan_is_not_told_beside_it(losses, told, lost):
+    first = Reading(lost, "the batch has it" if lost == "first_nan" else 3.0, "weight", 6)
+    readings = [first, *(Reading("loss", loss, "", step) for step, loss in enumerate(losses))]
+    readings += [
+        Reading("activation_std", NAN if step > 5 else 1.0, str(place), step) for step in (5, 6) for place in (1, 2, 3)
+    ]
+    found, _ = judge(RULES.values(), Evidence(readings), {})
+    cause = "first_nan" if lost == "first_nan" else "non_finite_gradients"
+    assert [finding.rule for finding in found] == [cause, *told]
+
+
+def test_a_weight_that_is_nan_is_told_and_not_the_activations_behind_it():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU())
+    with torch.no_grad():
+        model[0].weight[0, 0] = NAN
+    rules = [f.rule for f in nk.diagnose(model, torch.randn(8, 4)).findings if f.severity == "error"]
+    assert rules == ["non_finite_parameters"]
+    overflowing = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    nn.init.constant_(overflowing[0].weight, 1e3)
+    found = nk.diagnose(overflowing, 1e38 * torch.ones(8, 4), select=["signal_lost_with_depth"])
+    assert found.findings[0].claim == "the activations of 1 are not finite"  # here it is where it begins
 
 
 def test_a_diagnosis_leaves_the_model_bit_for_bit_as_it_was():

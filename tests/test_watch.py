@@ -297,16 +297,18 @@ def test_alarms_are_said_once_as_they_come_up(tmp_path, caplog):
     assert all(any(f"({rule})" in record.message for record in caplog.records) for rule in said)
 
 
-def nan_run(break_it, steps: int = 5, out=None):
+def nan_run(break_it, steps: int = 5, out=None, every: int = 100):
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Softplus(), nn.Linear(8, 3))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with nk.watch(model, optimizer, every=100, out=out) as watching:
+    with nk.watch(model, optimizer, every=every, out=out, budget=0.02 if every > 1 else None) as watching:
         for step in range(1, steps + 1):
             optimizer.zero_grad()
             x, loss_of = torch.randn(16, 6), F.cross_entropy
             x, loss_of = break_it(step, model, x, loss_of) or (x, loss_of)
-            loss_of(model(x), torch.randint(3, (16,))).backward()
+            loss = loss_of(model(x), torch.randint(3, (16,)))
+            loss.backward()
             optimizer.step()
+            watching.log(loss=loss)
     return watching
 
 
@@ -330,6 +332,22 @@ def test_the_first_nan_is_traced_to_the_layer_whose_output_it_is(tmp_path):
     diagnosis = report_of_run(tmp_path / "a")
     assert diagnosis.findings[0].rule == "first_nan"
     assert "Softplus" in (tmp_path / "a" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("every", [1, 100])
+def test_behind_the_first_nan_nothing_is_said_that_follows_from_it(tmp_path, caplog, every):
+    def break_it(step, model, x, loss_of):
+        return (x * math.nan, loss_of) if step == 8 else None
+
+    with caplog.at_level(logging.INFO, "normkit.watch"):
+        nan_run(break_it, steps=12, out=tmp_path / "a", every=every)
+    errors = [f.rule for f in report_of_run(tmp_path / "a").findings if f.severity == "error"]
+    assert errors[0] == "first_nan"
+    assert set(errors) <= {"first_nan", "non_finite_parameters", "non_finite_gradients", "non_finite_statistics"}
+    said = [line["rule"] for line in read_lines(tmp_path / "a" / "findings.jsonl") if line["severity"] == "error"]
+    assert said[0] == "first_nan"
+    assert said.count("first_nan") == 1
+    assert set(said) <= set(errors)
 
 
 def test_the_first_nan_is_traced_to_the_way_back():
@@ -458,6 +476,84 @@ def test_two_processes_agree_and_the_first_one_writes(tmp_path):
     assert {r.module for r in spread} == {"1"}
     assert all(r.value > 0.01 for r in spread)  # their inputs are one apart
     assert "Processes" in (tmp_path / "a" / "report.html").read_text()
+
+
+def _apart(rank: int, directory: str) -> None:
+    """Each process has data of its own kind; how they are cured is in the name of the run."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    for how in ("plain", "synchronised"):
+        torch.manual_seed(5)
+        inner = dropout_and_batch_norm()
+        if how == "synchronised":
+            nk.sync_(inner)
+        model = DistributedDataParallel(inner)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        torch.manual_seed(10 + rank)
+        with nk.watch(model, optimizer, every=1, out=f"{directory}/{how}", budget=None):
+            for _ in range(3):
+                optimizer.zero_grad()
+                F.cross_entropy(model(torch.randn(16, 6) + 5 * rank), torch.randint(3, (16,))).backward()
+                optimizer.step()
+
+
+@pytest.mark.slow
+def test_processes_whose_statistics_differ_are_found_in_a_real_run_and_synchronised_ones_are_not(tmp_path):
+    spawn(2, tmp_path, _apart, str(tmp_path))
+    found = {how: report_of_run(tmp_path / how) for how in ("plain", "synchronised")}
+    (finding,) = (f for f in found["plain"].findings if f.rule == "ranks_differ")
+    assert finding.modules == ("1",)
+    assert finding.measured > 0.1
+    rules = {f.rule for f in found["synchronised"].findings}
+    assert "ranks_differ" not in rules
+    assert max(r.value for r in found["synchronised"].readings if r.quantity == "rank_spread") < 1e-5
+
+
+def _writes_as_autograd_sees_it(model: nn.Module) -> None:
+    """DistributedDataParallel._sync_buffers as it was before torch 2.13."""
+    with torch.no_grad():
+        model._assign_modules_buffers()
+        model._sync_module_buffers(0)
+
+
+def _twice(rank: int, directory: str) -> None:
+    """A siamese loss: two forward passes, one backward pass."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    installed = DistributedDataParallel._sync_buffers
+    for how, norm, sync in (
+        ("torch", nn.BatchNorm1d, _writes_as_autograd_sees_it),
+        ("as it is installed", nn.BatchNorm1d, installed),
+        ("normkit", nk.BatchNorm1d, _writes_as_autograd_sees_it),
+    ):
+        DistributedDataParallel._sync_buffers = sync
+        torch.manual_seed(5)
+        model = DistributedDataParallel(dropout_and_batch_norm(norm))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with nk.watch(model, optimizer, every=1, out=f"{directory}/{how}", budget=None) as watching:
+            for _ in range(3):
+                optimizer.zero_grad()
+                x = torch.randn(16, 6)
+                loss = F.mse_loss(model(x), model(x + 0.1 * torch.randn(16, 6)))
+                if how == "torch":
+                    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                        loss.backward()
+                    break  # as it ends a training
+                loss.backward()
+                optimizer.step()
+        assert watching.steps == (0 if how == "torch" else 3)
+
+
+@pytest.mark.slow
+def test_two_forward_passes_before_a_backward_pass_are_found_in_the_run_that_they_end(tmp_path):
+    spawn(2, tmp_path, _twice, str(tmp_path))
+    rules = {
+        how: [f.rule for f in report_of_run(tmp_path / how).findings]
+        for how in ("torch", "as it is installed", "normkit")
+    }
+    assert rules["torch"][0] == "forward_twice_before_backward"
+    assert "2 forward passes for" in report_of_run(tmp_path / "torch").findings[0].claim
+    assert "forward_twice_before_backward" not in rules["as it is installed"] + rules["normkit"]
 
 
 def test_a_run_knows_what_stands_around_its_norms():

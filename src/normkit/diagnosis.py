@@ -175,6 +175,7 @@ class Diagnosis:
                 "model": dict(self.model),
                 "findings": [_plain(finding) for finding in self.findings],
                 "readings": [asdict(reading) for reading in self.readings],
+                "quantities": glossary({reading.quantity for reading in self.readings}),
                 "not_asked": dict(self.not_asked),
                 "certificates": [certificate.to_json() for certificate in self.certificates],
                 "environment": {
@@ -334,6 +335,14 @@ def _inputs(subject: Subject) -> Any:
         return None
     args, kwargs = arguments(subject.model, subject.batch)
     return args or kwargs
+
+
+def glossary(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """What these quantities are, as their own records say it; of what a loop has logged, nothing is known."""
+    from normkit.watching.quantities import ALL
+
+    fields = ("means", "formula", "unit", "paper", "per")
+    return {name: {field: getattr(ALL[name], field) for field in fields} for name in sorted(names) if name in ALL}
 
 
 def _several(number: int, word: str) -> str:

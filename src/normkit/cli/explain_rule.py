@@ -9,9 +9,9 @@ import tyro
 
 from normkit.cli import arguments
 from normkit.cli.output import show, show_json
-from normkit.measure import QUANTITIES
 from normkit.rules import RULES
 from normkit.rules.rule import Rule
+from normkit.watching.quantities import ALL
 
 
 @dataclass
@@ -44,8 +44,7 @@ def main(argv: list[str]) -> int:
 
 def words(quantity: str) -> str:
     """What a quantity is, in one line."""
-    known = QUANTITIES.get(quantity)
-    return "read off a watched run" if known is None else known.formula
+    return ALL[quantity].formula
 
 
 def plain(rule: Rule) -> dict[str, Any]:

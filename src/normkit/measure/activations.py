@@ -17,13 +17,29 @@ _END = 0.015  # share of its range that counts as the end of a sigmoid: |tanh| >
 
 QUANTITIES = (
     Quantity("activation_mean", "batch", "", "mean of all values that come out"),
-    Quantity("activation_std", "batch", "", "sqrt(mean((y - mean(y))²)) over all values that come out"),
+    Quantity(
+        "activation_std",
+        "batch",
+        "",
+        "sqrt(mean((y - mean(y))²)) over all values that come out",
+        means="How large the values are that come out: their standard deviation.",
+    ),
     Quantity("activation_p15", "batch", "", "15th percentile of the values", "Ioffe & Szegedy 2015, arXiv:1502.03167"),
     Quantity("activation_p50", "batch", "", "median of the values", "Ioffe & Szegedy 2015, arXiv:1502.03167"),
     Quantity("activation_p85", "batch", "", "85th percentile of the values", "Ioffe & Szegedy 2015, arXiv:1502.03167"),
-    Quantity("dead_share", "batch", "share", "units of a ReLU, GELU, SiLU that are <= 0 for the whole batch / units"),
     Quantity(
-        "saturated_share", "batch", "share", "values of a sigmoid or tanh within 1.5 % of its range of an end / values"
+        "dead_share",
+        "batch",
+        "share",
+        "units of a ReLU, GELU, SiLU that are <= 0 for the whole batch / units",
+        means="Units that give nothing for any sample of the batch, and so learn nothing.",
+    ),
+    Quantity(
+        "saturated_share",
+        "batch",
+        "share",
+        "values of a sigmoid or tanh within 1.5 % of its range of an end / values",
+        means="Values so close to the end of a sigmoid or tanh that next to no gradient comes back.",
     ),
     Quantity(
         "stable_rank",
@@ -31,6 +47,7 @@ QUANTITIES = (
         "dimensions",
         "||Y||_F² / ||Y||_2², Y: (samples, features), the first 256 samples",
         "Daneshmand et al. 2020, arXiv:2003.01652",
+        means="In how many directions the samples of a batch differ: at 1 all of them have become alike.",
     ),
     Quantity(
         "orthogonality_gap",
@@ -38,6 +55,7 @@ QUANTITIES = (
         "",
         "||Y Yᵀ / ||Y||_F² - I / n||_F, Y: (n samples, features), the first 256 samples",
         "Daneshmand et al. 2021, arXiv:2106.03970",
+        means="How far the samples of a batch are from being orthogonal to each other, which is 0.",
     ),
 )
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn, optim
 
-from normkit.measure import activations, evaluations, gradients, neighbours, statistics, structure, updates
+from normkit.measure import activations, evaluations, gradients, neighbours, precision, statistics, structure, updates
 from normkit.measure.asked import asked_for
 from normkit.measure.feeding import Feeding
 from normkit.measure.observer import Observer, Seen
@@ -19,7 +20,7 @@ from normkit.measure.sites import carried_out
 from normkit.measure.untouched import copied, in_mode, original, untouched
 from normkit.vocabulary.reading import Reading
 
-OBSERVERS: tuple[Observer, ...] = (statistics.OBSERVER, activations.OBSERVER)
+OBSERVERS: tuple[Observer, ...] = (statistics.OBSERVER, precision.OBSERVER, activations.OBSERVER)
 
 Pending = list[tuple[str, str, Tensor]]
 """Quantity, module and a tensor of no axes, whose value nobody has waited for yet."""
@@ -70,8 +71,9 @@ class Collection:
     @torch.no_grad()
     def _note(self, observer: Observer, name: str, seen: Seen, wanted: frozenset[str]) -> None:
         device = next((t.device.type for t in (seen.output, seen.input) if isinstance(t, Tensor)), "cpu")
+        cast = (device, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
         with torch.autocast(device, enabled=False):
-            found = observer.read(seen, wanted)
+            found = observer.read(replace(seen, cast=cast), wanted)
         self._found.update({(quantity, name): value for quantity, value in found.items()})
 
     @property
@@ -182,7 +184,13 @@ def _numbers(
     return [reading for reading in updates.only_scale_free(packed(pending)) if reading.quantity in wanted]
 
 
-_IN_TRAINING = (statistics.BATCH, activations.QUANTITIES, gradients.QUANTITIES, updates.QUANTITIES)
+_IN_TRAINING = (
+    statistics.BATCH,
+    precision.QUANTITIES,
+    activations.QUANTITIES,
+    gradients.QUANTITIES,
+    updates.QUANTITIES,
+)
 """What the one pass in training has."""
 
 

@@ -22,6 +22,7 @@ QUANTITIES = (
         "relative",
         _GAP.format("y in training", "y in evaluation", "y in evaluation"),
         per="model",
+        means="How far the outputs in training are from those in evaluation, on the same batch.",
     ),
     Quantity(
         "batch_statistics_gap",
@@ -30,6 +31,7 @@ QUANTITIES = (
         _GAP.format("y by batch statistics", "y by running statistics", "y by running statistics")
         + "; all else in evaluation",
         per="model",
+        means="How far the outputs by batch statistics are from those by running statistics.",
     ),
     Quantity("loss_training", "batch", "loss", "the loss in training", per="model"),
     Quantity("loss_running", "batch", "loss", "the loss in evaluation, by running statistics", per="model"),

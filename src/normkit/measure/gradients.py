@@ -12,9 +12,14 @@ from normkit.measure.sites import wide
 from normkit.vocabulary.quantity import Quantity
 
 QUANTITIES = (
-    Quantity("gradient_norm", "gradients", "", "||g||", per="parameter"),
+    Quantity("gradient_norm", "gradients", "", "||g||", per="parameter", means="The length of a gradient."),
     Quantity(
-        "gradient_to_weight", "gradients", "", "||g|| / ||w||, of parameters with two or more axes", per="parameter"
+        "gradient_to_weight",
+        "gradients",
+        "",
+        "||g|| / ||w||, of parameters with two or more axes",
+        per="parameter",
+        means="The length of a gradient beside that of its weight.",
     ),
     Quantity("gradient_nonfinite", "gradients", "values", "NaN or infinite values in the gradient", per="parameter"),
     Quantity(
@@ -24,6 +29,7 @@ QUANTITIES = (
         "|<g, w>| / (||g|| ||w||), of parameters with two or more axes; 0 for one whose scale does not matter",
         "van Laarhoven 2017, arXiv:1706.05350",
         per="parameter",
+        means="How much of a gradient points along its weight.",
     ),
     Quantity(
         "gradient_growth",
@@ -32,6 +38,7 @@ QUANTITIES = (
         "factor on ||g||² per layer towards the input: least squares on log ||g||² of all weight matrices, in order",
         "Yang et al. 2019, arXiv:1902.08129",
         per="model",
+        means="By which factor squared gradients grow from a layer to the one before it.",
     ),
     Quantity(
         "gradient_ratio",
@@ -40,6 +47,7 @@ QUANTITIES = (
         "||g|| of the first weight matrix / ||g|| of the last",
         "Yang et al. 2019, arXiv:1902.08129",
         per="model",
+        means="The gradient of the first layer beside that of the last.",
     ),
 )
 

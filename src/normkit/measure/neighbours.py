@@ -40,20 +40,30 @@ ON_BATCH = (
         "batch",
         "deviations",
         "between two calls of a batch norm: mean over channels of |mean - mean'| / std",
+        means="How different the inputs are on which one shared batch norm is called.",
     ),
     Quantity(
         "padding_share",
         "batch",
         "share",
         "positions at the end of a sample that equal its last one / positions, of samples that differ in their number",
+        means="Positions that only repeat the end of a sample: padding that enters the statistics.",
     ),
-    Quantity("attention_logit", "batch", "nats", "max over q k / sqrt(d), before the softmax", "arXiv:2309.14322"),
+    Quantity(
+        "attention_logit",
+        "batch",
+        "nats",
+        "max over q k / sqrt(d), before the softmax",
+        "arXiv:2309.14322",
+        means="The greatest value that goes into a softmax of attention.",
+    ),
     Quantity(
         "dropout_variance_shift",
         "batch",
         "nats",
         "|mean over channels of log(var with dropout / var without)| of what the norm reads",
         "Li et al. 2019, arXiv:1801.05134",
+        means="How much dropout changes the variance that a batch norm reads in training.",
     ),
 )
 QUANTITIES = (*GRAPH, *ON_BATCH)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from normkit.vocabulary.quantity import Quantity
@@ -22,6 +23,8 @@ class Seen:
     args: tuple
     kwargs: Mapping[str, Any]
     output: Any = None
+    cast: tuple[str, torch.dtype] | None = None
+    """The autocast that it is called under: type of the device, and the type that is cast to."""
 
     @property
     def input(self) -> Tensor | None:

@@ -7,6 +7,7 @@ from normkit.measure import (
     evaluations,
     gradients,
     neighbours,
+    precision,
     statistics,
     structure,
     theory_quantities,
@@ -16,6 +17,16 @@ from normkit.vocabulary.quantity import Quantity
 
 QUANTITIES: dict[str, Quantity] = {
     quantity.name: quantity
-    for family in (structure, neighbours, statistics, activations, evaluations, gradients, updates, theory_quantities)
+    for family in (
+        structure,
+        neighbours,
+        statistics,
+        precision,
+        activations,
+        evaluations,
+        gradients,
+        updates,
+        theory_quantities,
+    )
     for quantity in family.QUANTITIES
 }

@@ -18,9 +18,15 @@ from normkit.vocabulary.quantity import Quantity
 _LUO = "Luo et al. 2018, arXiv:1809.00846"
 MODEL = (
     Quantity("running_nonfinite", "model", "values", "NaN or infinite values in running_mean and running_var"),
-    Quantity("scale_zero_share", "model", "share", "weights of the norm with |weight| < 1e-3 / weights"),
-    Quantity("scale_least", "model", "", "min |weight|"),
-    Quantity("scale_greatest", "model", "", "max |weight|"),
+    Quantity(
+        "scale_zero_share",
+        "model",
+        "share",
+        "weights of the norm with |weight| < 1e-3 / weights",
+        means="Channels that a norm switches off by a scale next to 0.",
+    ),
+    Quantity("scale_least", "model", "", "min |weight|", means="The least scale of a norm, without its sign."),
+    Quantity("scale_greatest", "model", "", "max |weight|", means="The greatest scale of a norm, without its sign."),
 )
 BATCH = (
     Quantity(
@@ -37,6 +43,7 @@ BATCH = (
         "standard error of the batch mean: deviation over the n samples of each sample's mean / sqrt(n), in deviations "
         "of the channel; rms over channels",
         _LUO,
+        means="How uncertain the mean of a batch is, in deviations of the channel.",
     ),
     Quantity(
         "variance_noise",
@@ -44,13 +51,36 @@ BATCH = (
         "relative",
         "standard error of the batch variance / variance: as batch_noise, of each sample's mean squared deviation",
         _LUO,
+        means="How uncertain the variance of a batch is, relative to it.",
     ),
     Quantity(
-        "mean_drift", "batch", "deviations", "mean over channels of |mean - running_mean| / sqrt(running_var + eps)"
+        "mean_drift",
+        "batch",
+        "deviations",
+        "mean over channels of |mean - running_mean| / sqrt(running_var + eps)",
+        means="How far the running mean is from the mean of this batch.",
     ),
-    Quantity("variance_drift", "batch", "nats", "mean over channels of |log((var + eps) / (running_var + eps))|"),
-    Quantity("least_variance_over_eps", "batch", "", "least variance (mean square, of an RMS norm) of a unit / eps"),
-    Quantity("constant_share", "batch", "share", "units whose variance (mean square, of an RMS norm) < eps / units"),
+    Quantity(
+        "variance_drift",
+        "batch",
+        "nats",
+        "mean over channels of |log((var + eps) / (running_var + eps))|",
+        means="How far the running variance is from that of this batch, as a logarithm: 0.69 is a factor of 2.",
+    ),
+    Quantity(
+        "least_variance_over_eps",
+        "batch",
+        "",
+        "least variance (mean square, of an RMS norm) of a unit / eps",
+        means="The quietest unit beside eps: far below 1 it is eps that is divided by.",
+    ),
+    Quantity(
+        "constant_share",
+        "batch",
+        "share",
+        "units whose variance (mean square, of an RMS norm) < eps / units",
+        means="Units that hardly change over the batch: it is eps that they are divided by.",
+    ),
 )
 QUANTITIES = (*MODEL, *BATCH)
 ZERO = 1e-3

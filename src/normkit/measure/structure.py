@@ -45,7 +45,7 @@ QUANTITIES = (
     _quantity("keeps_statistics", "whether a batch norm has running statistics", FLAG),
     _quantity("frozen", "whether it normalises by running statistics in training too, as after nk.freeze_", FLAG),
     _quantity("affine_frozen", "whether weight and bias are there and none of them gets gradients", FLAG),
-    _quantity("batches_seen", "num_batches_tracked", "batches"),
+    _quantity("batches_seen", "num_batches_tracked: how many batches the running statistics have seen", "batches"),
     _quantity("statistics_dtype", "type of the running statistics"),
     _quantity("parameter_dtype", "type of weight and bias"),
     _quantity("statistics_at_start", "whether every running mean is 0 and every running variance 1", FLAG),

@@ -14,7 +14,14 @@ from normkit.vocabulary.reading import Reading
 
 EFFECTIVE, ALONG = "effective_learning_rate", "gradient_along_weight"
 QUANTITIES = (
-    Quantity("update_to_weight", "run", "", "||w' - w|| / ||w||, w': the weight after the step", per="parameter"),
+    Quantity(
+        "update_to_weight",
+        "run",
+        "",
+        "||w' - w|| / ||w||, w': the weight after the step",
+        per="parameter",
+        means="How far one step moves a weight, beside its length; 0.001 is usual.",
+    ),
     Quantity(
         "angle_per_step",
         "run",
@@ -22,6 +29,7 @@ QUANTITIES = (
         "angle between w and w'; what a step changes of a weight whose scale does not matter",
         "Wan et al. 2021, arXiv:2006.08419",
         per="parameter",
+        means="By which angle one step turns a weight.",
     ),
     Quantity("learning_rate", "run", "", "the learning rate of the parameter's group", per="parameter"),
     Quantity("loss", "run", "loss", "the loss of the step", per="model"),
@@ -30,6 +38,7 @@ QUANTITIES = (
         "run",
         "moves per step",
         "how often num_batches_tracked has counted per step of the optimizer",
+        means="Running statistics should move once per forward pass.",
     ),
     Quantity(
         EFFECTIVE,
@@ -39,6 +48,7 @@ QUANTITIES = (
         "their scale does not matter; needs the optimizer",
         "van Laarhoven 2017, arXiv:1706.05350",
         per="parameter",
+        means="How fast the direction of a weight turns, where its scale does not matter.",
     ),
 )
 

@@ -9,6 +9,7 @@ from normkit.report import html, layer_table, markdown
 from normkit.report import run_sections as run
 from normkit.report.document import Block, Code, Document, Folded, Items, Section, Table, Text
 from normkit.report.finding_parts import parts, value
+from normkit.report.glossary import glossary
 from normkit.report.labels import listing
 from normkit.report.numbers import share
 from normkit.vocabulary.evidence import Evidence
@@ -92,10 +93,7 @@ def _appendix(data: Data) -> list[Block]:
     if missing := data.get("not_asked"):
         rows = [[rule, reason] for rule, reason in missing.items()]
         blocks.append(Folded(f"{len(rows)} rules were not asked", [Table(["rule", "why"], rows)]))
-    if glossary := data.get("quantities"):
-        terms = [name.replace("_", " ") + (f", {q['unit']}" if q.get("unit") else "") for name, q in glossary.items()]
-        told = [f"{q['formula']}{'. ' + q['paper'] if q.get('paper') else ''}" for q in glossary.values()]
-        blocks.append(Folded("How each number is computed", [Items(told, terms)]))
+    blocks += glossary(data.get("quantities") or {})
     for title, key in (("Environment", "environment"), ("The run", "run")):
         if rows := _rows(data.get(key)):
             blocks.append(Folded(title, [Table(["what", "value"], rows)]))

@@ -59,8 +59,10 @@ NORMS = (
     _of("variance_drift", "variance drift, |log|"),
     _of("constant_share", "constant channels", 100, " %"),
     Column("|γ|", _range),
-    _of("output_std", "output σ"),
+    _of("activation_std", "output σ"),
     _of("least_variance_over_eps", "least variance / ε"),
+    _of("arithmetic_error", "off float32", 100, " %"),
+    _of("stable_rank", "stable rank"),
     _of_weight("gradient_norm", "gradient norm"),
     _of_weight("update_to_weight", "update : weight"),
     _of("running_nonfinite", "not finite"),
@@ -74,8 +76,9 @@ ACTIVATIONS = (
     _of("dead_share", "dead", 100, " %"),
     _of("saturated_share", "saturated", 100, " %"),
     _of("stable_rank", "stable rank"),
+    _of("orthogonality_gap", "orthogonality gap"),
 )
-OF_A_NORM = ("values_per_channel", "output_std", "mean_drift", "scale_greatest", "running_nonfinite")
+OF_A_NORM = ("values_per_channel", "mean_drift", "scale_greatest", "running_nonfinite")
 
 
 def layers(evidence: Evidence, findings: Sequence[dict[str, Any]]) -> list[Block]:

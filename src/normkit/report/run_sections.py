@@ -15,12 +15,12 @@ LOSSES = {
     "loss_batch_statistics": "batch statistics",
 }
 MAPS = (
-    ("activation_std", "Standard deviation of activations", ""),
-    ("output_std", "Standard deviation of what norm layers give", ""),
+    ("activation_std", "Standard deviation of what norms and activations give", ""),
     ("mean_drift", "Drift: batch mean against running mean", "running deviations"),
     ("variance_drift", "Drift: batch variance against running variance", "|log ratio|"),
     ("gradient_norm", "Gradient norm", ""),
     ("dead_share", "Dead units", "share"),
+    ("stable_rank", "Stable rank of a batch", "dimensions"),
 )
 HABIT = (1e-3, "0.001, the usual size")
 

@@ -10,6 +10,7 @@ from importlib import import_module
 from normkit.rules.rule import Rule
 
 MENU = (
+    "first_nan",
     "non_finite_parameters",
     "non_finite_gradients",
     "non_finite_statistics",
@@ -21,6 +22,7 @@ MENU = (
     "frozen_but_training",
     "momentum_reversed",
     "half_precision_statistics",
+    "imprecise_arithmetic",
     "statistics_hold_their_start",
     "synchronization_cannot_work",
     "ranks_differ",

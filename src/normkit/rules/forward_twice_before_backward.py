@@ -14,16 +14,21 @@ from normkit.vocabulary.prescription import Prescription
 def find(evidence: Evidence) -> Iterator[Finding]:
     forward, backward = typical(evidence, "forward_passes"), typical(evidence, "backward_passes")
     processes = evidence.number("processes") or 0.0
-    norms = [module for module, keeps in evidence.numbers("keeps_statistics") if keeps]
-    if forward is None or not backward or forward <= backward or processes < 2 or not norms:
+    norms = [
+        module
+        for module, keeps in evidence.numbers("keeps_statistics")
+        if keeps and not evidence.word("class_name", module).startswith("normkit.")
+    ]
+    if forward is None or backward is None or forward <= max(backward, 1.0):
+        return
+    if processes < 2 or not evidence.number("buffers_overwritten") or not norms:
         return
     yield Finding(
         RULE.name,
         "warning",
-        f"{forward:.0f} forward passes for {backward:.0f} backward pass{'' if backward == 1 else 'es'} in "
-        f"{processes:.0f} processes with {several(len(norms), 'batch norm')} ({where(norms)}): DDP writes the "
-        "buffers of "
-        "rank 0 over those that the first pass has saved",
+        f"{forward:.0f} forward passes for {backward:.0f} backward {'pass' if backward == 1 else 'passes'} in "
+        f"{processes:.0f} processes with {several(len(norms), 'batch norm')} ({where(norms)}): DDP "
+        "writes the buffers of rank 0 over those that the first pass has saved",
         tuple(norms),
         "forward_passes",
         forward,
@@ -36,8 +41,14 @@ def find(evidence: Evidence) -> Iterator[Finding]:
                 "nothing is written between forward and backward; merge before saving",
                 "train_identical",
                 by_hand="DistributedDataParallel(model, broadcast_buffers=False)  # and nk.merge_statistics_(model) "
-                "before "
-                "saving",
+                "before saving",
+            ),
+            Prescription(
+                "batch norms keep what they have saved",
+                "",
+                "normkit's save copies of the running statistics, so nothing is written over",
+                "identical",
+                operation="accelerate_",
             ),
         ),
         check="no 'modified by an inplace operation' in the backward pass",
@@ -46,11 +57,13 @@ def find(evidence: Evidence) -> Iterator[Finding]:
 
 RULE = Rule(
     "forward_twice_before_backward",
-    frozenset({"forward_passes", "backward_passes", "keeps_statistics", "processes"}),
-    "More forward than backward passes per step, under several processes, in a model with running statistics.",
+    frozenset({"forward_passes", "backward_passes", "buffers_overwritten", "keeps_statistics", "processes"}),
+    "More forward than backward passes per step, under DistributedDataParallel that broadcasts buffers, in a model "
+    "with running statistics, and in a torch that does not hide this from autograd (2.13 does).",
     "DDP broadcasts buffers before each forward pass. The second one writes over what the first has saved for its "
-    "backward pass: an error about an in-place operation, or gradients of the wrong statistics.",
-    "The extra pass runs without gradients.",
+    "backward pass, and torch's batch norm then ends the training with an error about an in-place operation. The step "
+    "that was not finished is what the report of the watched run shows.",
+    "Nobody uses what the extra pass gives, so it has no backward pass to spoil.",
     ("https://github.com/pytorch/pytorch/issues/175024", "https://github.com/pytorch/pytorch/issues/65907"),
     find,
 )

@@ -58,4 +58,5 @@ RULE = Rule(
     "With a GradScaler the first steps overflow now and then by design; it skips them.",
     ("https://github.com/pytorch/pytorch/issues/10008", "transformers: debug='underflow_overflow'"),
     find,
+    after_nan=True,
 )

@@ -52,4 +52,5 @@ RULE = Rule(
     "None.",
     ("https://github.com/pytorch/pytorch/issues/1206", "https://github.com/open-edge-platform/anomalib/issues/2965"),
     find,
+    after_nan=True,
 )

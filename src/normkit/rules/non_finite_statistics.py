@@ -69,4 +69,5 @@ RULE = Rule(
         "https://github.com/open-edge-platform/anomalib/issues/2965",
     ),
     find,
+    after_nan=True,
 )

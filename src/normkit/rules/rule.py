@@ -26,3 +26,5 @@ class Rule:
     references: tuple[str, ...]
     """Papers and issues that report the problem, and where the threshold comes from."""
     find: Callable[[Evidence], Iterable[Finding]]
+    after_nan: bool = False
+    """Whether what was read behind the first NaN is its business too. For all other rules that is a consequence."""

@@ -34,6 +34,11 @@ class Evidence:
         """Every reading of the quantity at that place, in their order; empty: none."""
         return tuple(self._series.get(quantity, {}).get(module, ()))
 
+    def of(self, quantity: str) -> Iterator[Reading]:
+        """Every reading of the quantity, wherever."""
+        for module in self.modules(quantity):
+            yield from self.series(quantity, module)
+
     def latest(self, quantity: str, module: str = "") -> Value | None:
         """The last value; ``None``: it was not read there."""
         readings = self._series.get(quantity, {}).get(module)

@@ -29,6 +29,8 @@ class Quantity:
     paper: str = ""
     per: Literal["module", "parameter", "model"] = "module"
     """What a reading's `module` names."""
+    means: str = ""
+    """In one plain sentence, where the formula is none: what a person sees in the number."""
 
     def __post_init__(self) -> None:
         if self.stage not in STAGES:

@@ -29,6 +29,8 @@ class Alarms:
         self.lacking = lacking
         self.structure: tuple[Reading, ...] = ()
         """What stands in the model and does not change from step to step."""
+        self.lost: tuple[Reading, ...] = ()
+        """The first NaN, once there is one."""
         self._window: deque[list[Reading]] = deque(maxlen=WINDOW)
         self._said: dict[str, int] = {}
 
@@ -38,10 +40,12 @@ class Alarms:
         return [reading for sample in self._window for reading in sample]
 
     def hear(self, readings: Iterable[Reading], model: Mapping[str, Any]) -> Iterator[Finding]:
-        """The findings that are new with this sample."""
+        """The findings that are new with this sample, which may be empty."""
         self._window.append(list(readings))
         try:
-            found = Diagnosis.of_readings([*self.structure, *self.recent], model, lacking=self.lacking).findings
+            found = Diagnosis.of_readings(
+                [*self.structure, *self.lost, *self.recent], model, lacking=self.lacking
+            ).findings
         except Exception:  # a rule that fails must not end a training
             log.warning("the rules could not be asked at this sample (%d rules)", len(RULES), exc_info=True)
             return

@@ -21,6 +21,16 @@ def group_of(model: nn.Module, given: Any) -> Any:
     return model.process_group if wrapped else None
 
 
+def overwrites(model: nn.Module) -> bool:
+    """Whether DDP writes over buffers that an earlier forward pass has saved, and autograd refuses them then.
+
+    It broadcasts buffers before each forward pass. torch 2.13 hides that from autograd, and rightly: in training batch
+    norm's backward pass does not use the running statistics that were saved for it.
+    """
+    hidden = "_unsafe_preserve_version_counter" in DistributedDataParallel._sync_buffers.__code__.co_names
+    return isinstance(model, DistributedDataParallel) and model.broadcast_buffers and not hidden
+
+
 def rank() -> int:
     """0 is who writes."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0

@@ -16,8 +16,17 @@ RANK_SPREAD = Quantity(
     "run",
     "deviations",
     "max over channels of (greatest - least running mean over processes) / sqrt(running_var + eps)",
+    means="How far the running means of the processes are apart.",
 )
-OF_A_RUN = (FORWARD_PASSES, BACKWARD_PASSES, RANK_SPREAD)
+FIRST_NAN = Quantity("first_nan", "run", "", "where the first gradient that is not finite comes from, in words")
+OVERWRITTEN = Quantity(
+    "buffers_overwritten",
+    "run",
+    "1: yes, 0: no",
+    "whether DistributedDataParallel writes over buffers that a forward pass has saved for its backward pass",
+    per="model",
+)
+OF_A_RUN = (FORWARD_PASSES, BACKWARD_PASSES, RANK_SPREAD, OVERWRITTEN, FIRST_NAN)
 ALL: dict[str, Quantity] = {**QUANTITIES, **{quantity.name: quantity for quantity in OF_A_RUN}}
 """By name."""
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from normkit.diagnosis import Diagnosis
-from normkit.vocabulary.finding import Finding, worst_first
-from normkit.vocabulary.prescription import Prescription
 from normkit.vocabulary.reading import Reading
 from normkit.watching.directory import read_about, read_readings, unit_of
+from normkit.watching.quantities import FIRST_NAN
 
 Names = Sequence[str] | str | None
 
@@ -42,7 +40,7 @@ def diagnosis_of(
     select: Names = None,
     ignore: Names = None,
 ) -> Diagnosis:
-    """The rules' findings over a run, and the first NaN where there was one."""
+    """The rules' findings over a run."""
     last = max([about, *facts[-1:]], key=lambda known: known["steps"])  # watch.json is behind while the run goes on
     run = {
         "name": about["name"],
@@ -55,12 +53,10 @@ def diagnosis_of(
         "first_nan": about.get("first_nan"),
         "closed": about.get("closed", False),
     }
-    found = Diagnosis.of_readings(
-        [*structure, *readings], about["model"], lacking=about["lacking"], run=run, select=select, ignore=ignore
+    first = [] if run["first_nan"] is None else [nan_reading(run["first_nan"])]
+    return Diagnosis.of_readings(
+        [*structure, *first, *readings], about["model"], lacking=about["lacking"], run=run, select=select, ignore=ignore
     )
-    if run["first_nan"] is None:
-        return found
-    return replace(found, findings=worst_first([nan_finding(run["first_nan"]), *found.findings]))
 
 
 def structure_of(about: Mapping[str, Any]) -> list[Reading]:
@@ -74,23 +70,6 @@ def structure_rows(readings: Sequence[Reading]) -> list[list[Any]]:
     return [[reading.quantity, reading.module, reading.value] for reading in readings]
 
 
-def nan_finding(trace: Mapping[str, Any]) -> Finding:
-    """The first NaN as a finding."""
-    return Finding(
-        "first_nan",
-        "error",
-        trace["verdict"],
-        (trace["module"],) if trace["module"] else (),
-        "gradient_nonfinite",
-        step=trace["step"],
-        prescriptions=(
-            Prescription(
-                "see which operation it is",
-                trace["module"],
-                "anomaly mode names the line of the forward pass whose gradient is not finite first.",
-                "identical",
-                by_hand="with torch.autograd.set_detect_anomaly(True):\n    loss_fn(model(x), y).backward()",
-            ),
-        ),
-        check="the same run, watched again, has no first NaN",
-    )
+def nan_reading(trace: Mapping[str, Any]) -> Reading:
+    """The first NaN as what the rules read: the verdict of its trace, at its place and its step."""
+    return Reading(FIRST_NAN.name, trace["verdict"], trace["module"], trace["step"])

@@ -23,15 +23,14 @@ from normkit.measure.collect import Pending, packed
 from normkit.measure.neighbours import read_neighbours
 from normkit.measure.structure import norms_in, read_structure
 from normkit.measure.untouched import original
-from normkit.vocabulary.finding import Finding
 from normkit.vocabulary.reading import Reading
 from normkit.watching import processes
 from normkit.watching.alarms import Alarms, say
 from normkit.watching.directory import PAGE, RunDirectory, read_readings, unit_of
 from normkit.watching.first_nan import Sentinel, trace
 from normkit.watching.listening import Hooks, torch_optimizer
-from normkit.watching.quantities import ALL, BACKWARD_PASSES, FORWARD_PASSES
-from normkit.watching.run import diagnosis_of, nan_finding, structure_rows
+from normkit.watching.quantities import ALL, BACKWARD_PASSES, FORWARD_PASSES, OVERWRITTEN
+from normkit.watching.run import diagnosis_of, nan_reading, structure_rows
 from normkit.watching.sample import Batch, Wanted, of_the_batch, of_the_held_batch, of_the_step
 from normkit.watching.spacing import Spacing
 
@@ -64,6 +63,7 @@ class Watch:
         self.notes: list[str] = []
         """What could not be read, in sentences."""
         self._group = processes.group_of(model, process_group)
+        self._overwrites = processes.overwrites(model)
         self._alone = self._group is not None or not _distributed()  # nobody waits for others that do not come
         self._writes = processes.rank() == 0
         self._trackers = trackers
@@ -196,7 +196,19 @@ class Watch:
         for quantity, passes in ((FORWARD_PASSES, self._passes), (BACKWARD_PASSES, self._backward)):
             if passes:  # none: they are in compiled code, where nobody counts them
                 readings.append(Reading(quantity.name, float(passes), "", step, quantity.unit))
+        if self._group is not None:
+            readings.append(Reading(OVERWRITTEN.name, float(self._overwrites), "", step, OVERWRITTEN.unit))
         return readings
+
+    def _unfinished(self) -> None:
+        """Tell of a step that an error has ended: two forward passes under DDP can be such an error."""
+        if self._overwrites and self._passes > 1:
+            step = self.steps + 1
+            readings = self._told(step)
+            if not self._backward:
+                readings.append(Reading(BACKWARD_PASSES.name, 0.0, "", step, BACKWARD_PASSES.unit))
+            self.samples += 1
+            self._publish(step, readings)
 
     def _publish(self, step: int, readings: list[Reading]) -> None:
         if not self._writes:
@@ -208,14 +220,15 @@ class Watch:
             if self.samples == 1:
                 self._directory.update(**self._about())
         self._trackers.values(scalars(readings, step), step)
-        for finding in self._alarms.hear(readings, self._facts):
-            self._alarm(finding, step)
+        self._alarm(readings, step)
 
-    def _alarm(self, finding: Finding, step: int) -> None:
-        say(finding, step)
-        self._trackers.finding(finding, step)
-        if self._directory is not None:
-            self._directory.finding(finding, step)
+    def _alarm(self, readings: list[Reading], step: int) -> None:
+        """Say what is new with these readings."""
+        for finding in self._alarms.hear(readings, self._facts):
+            say(finding, step)
+            self._trackers.finding(finding, step)
+            if self._directory is not None:
+                self._directory.finding(finding, step)
 
     def _on_nan(self, step: int) -> None:
         """Trace the first one, once."""
@@ -227,7 +240,8 @@ class Watch:
         if self._writes:
             if self._directory is not None:
                 self._directory.update(first_nan=self.first_nan)
-            self._alarm(nan_finding(self.first_nan), step)
+            self._alarms.lost = (nan_reading(self.first_nan),)
+            self._alarm([], step)
 
     # What a person calls
 
@@ -265,6 +279,7 @@ class Watch:
         self._closed = True
         self._hooks.remove()
         self._batch = None
+        self._unfinished()
         atexit.unregister(self._at_exit)
         log.info("%r", self)
         if self._directory is not None:
@@ -322,7 +337,7 @@ class Watch:
         missing = {name: f"the quantity {name} in quantities=" for name in ALL if name not in self.wanted.quantities}
         missing |= {name: TAKES["probe"] for name, quantity in ALL.items() if quantity.stage == "probe"}
         if self._group is None:
-            missing["rank_spread"] = "several processes"
+            missing |= dict.fromkeys(("rank_spread", "buffers_overwritten"), "several processes")
         return {name: why for name, why in missing.items() if ALL[name].stage != "model"}
 
     def _note(self, sentence: str) -> None:
