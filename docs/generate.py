@@ -26,7 +26,15 @@ from normkit.lab.norm_layer import norms_of
 from normkit.lab.worker import seeded_data
 from normkit.laws import LAWS
 from normkit.measure.structure import OF_OPTIMIZER
-from normkit.report import bench_summary, bench_synchronized, bench_watch, depth, small_batches, strategies
+from normkit.report import (
+    attention,
+    bench_summary,
+    bench_synchronized,
+    bench_watch,
+    depth,
+    small_batches,
+    strategies,
+)
 from normkit.report.labels import sentence
 from normkit.report.words import verdict
 from normkit.rules import RULES
@@ -48,6 +56,8 @@ RESTORES = "restores"
 RECORDS = Path("records") / "compare"
 TASKS = ("digits", "digits-relu", "digits-cnn")
 """In the order of the README."""
+ATTENTION = ("text", "digits-vit")
+"""Tasks about Transformers, shown in docs/recurrent-and-attention.md."""
 OVERHEAD = Path("records") / "bench" / "overhead"
 SYNCHRONIZED = Path("records") / "bench" / "synchronized"
 WATCHED = Path("records") / "bench" / "watch"
@@ -393,90 +403,39 @@ def depth_page(text: str) -> str:
     return between_marks("docs/what-works-where.md", text, "depth-record", record)
 
 
-def small_batches_digest(root: Path) -> dict[str, Any]:
-    """The sweeps over the batch size, in short."""
-    files = {(RECORDS / name).as_posix(): root / RECORDS / name / "summary.json" for name in SMALL}
-    records = {where: json.loads(file.read_text(encoding="utf-8")) for where, file in files.items() if file.exists()}
-    experiment = next(iter(records.values()))["experiment"]
-    return digest(records, _values_per_sample(experiment))
+def attention_page(text: str) -> str:
+    """``text`` of docs/recurrent-and-attention.md with what the records of the tasks say."""
+    for task in ATTENTION:
+        text = between_marks("docs/recurrent-and-attention.md", text, task, transformer_compared(task))
+    return text
 
 
-def _values_per_sample(experiment: dict[str, Any]) -> int:
-    """How many values of a channel reach a norm of the network per sample; all its norms see equally many."""
-    task = Source(experiment["task"]).load(experiment["options"])
-    model, _ = build_model(task, Arm("none"), seed=0)
-    seen: set[int] = set()
-    for norm in norms_of(model).values():
-        norm.register_forward_pre_hook(lambda _, given: seen.add(given[0][0, 0].numel()))
-    model(seeded_data(task, 0).train.first(1)[0])
-    (values,) = seen
-    return values
-
-
-def small_batches_page(text: str) -> str:
-    """``text`` of docs/small-batches.md with the tables of the committed sweeps."""
-    found = small_batches_digest(ROOT)
-    first, *others = found["records"]
-    words = "\n".join(f"- {sentence}" for sentence in small_batches.sentences(found, first))
-    text = between_marks("docs/small-batches.md", text, "words", words)
-    tables = {
-        "accuracy": small_batches.accuracy(found, first),
-        "at-test": small_batches.at_test(found, first),
-        "race": small_batches.race(found, first),
-        "cost": small_batches.cost(found, first),
+def transformer_compared(task: str) -> str:
+    """The answers of one task, then every number that they come from; or the command that makes the record."""
+    where = RECORDS / task
+    file = ROOT / where / "summary.json"
+    if not file.exists():
+        return f"No record is committed yet; `normkit compare {task} --thorough` makes one."
+    summary = json.loads(file.read_text(encoding="utf-8"))
+    about, made, runs = summary["experiment"], summary["experiment"]["environment"], final_runs(summary)
+    names = [arm["name"] for arm in about["arms"]]
+    higher = about["metric"]["higher_is_better"]
+    gaps = {
+        other: {name: against(other, runs, name, higher) for name in names if name != other}
+        for other in (attention.LAYER, attention.NAIVE)
+        if other in names
     }
-    for record in others:
-        tables |= {"cut": small_batches.accuracy(found, record), "cut-cost": small_batches.cost(found, record)}
-    for name, one in tables.items():
-        text = between_marks("docs/small-batches.md", text, name, table(one.header, one.rows))
-    made = "; ".join(
-        f"[{where}](../{where}/report.md), `{about['command']}`, {about['seeds']} paired seeds, {about['samples']} "
-        f"samples seen, {about['processor']}, torch {about['torch']}"
-        for where, about in found["records"].items()
-    )
-    return between_marks("docs/small-batches.md", text, "records", f"Records: {made}.")
-
-
-def small_batches_pages() -> dict[Path, str]:
-    """The page and the digest, where a sweep is committed."""
-    if not (ROOT / RECORDS / SMALL[0] / "summary.json").exists():
-        return {}
-    page = ROOT / "docs" / "small-batches.md"
-    return {
-        page: small_batches_page(page.read_text(encoding="utf-8")),
-        ROOT / DIGEST: json.dumps(small_batches_digest(ROOT), indent=1, ensure_ascii=False) + "\n",
-    }
-
-
-def strategies_compared(root: Path) -> str:
-    """The comparison of strategies: every arm against batch norm that never changes."""
-    summary = json.loads((root / RECORDS / "strategies" / "summary.json").read_text(encoding="utf-8"))
-    about, runs = summary["experiment"], final_runs(summary)
-    others = [arm["name"] for arm in about["arms"] if arm["name"] != "batch"]
-    gaps = {name: against("batch", runs, name, about["metric"]["higher_is_better"]) for name in others}
-    found, made = strategies.table(summary, gaps), about["environment"]
-    return (
-        f"{table(found.header, found.rows)}\n\n{len(about['seeds'])} paired seeds, in brackets 95 % bootstrap "
-        f"intervals, {about['steps']} steps, {made['processor']}, torch {made['torch']}; "
-        "[every number](../records/compare/strategies/report.md). Jumps are in deviations of the outputs before."
-    )
-
-
-def depth_page(text: str) -> str:
-    """``text`` of docs/what-works-where.md with the tables of the sweep over the depth."""
-    where = RECORDS / "deep-residual"
-    summary = json.loads((ROOT / where / "summary.json").read_text(encoding="utf-8"))
-    about, made = summary["experiment"], summary["experiment"]["environment"]
-    tables = {"depth": depth.accuracy, "gradients": depth.gradients, "depth-cost": depth.cost}
-    for name, draw in tables.items():
-        found = draw(summary)
-        text = between_marks("docs/what-works-where.md", text, name, table(found.header, found.rows))
+    tables = [attention.results(summary, gaps), attention.rates(summary)]
+    if any(arm.get("folding") for arm in summary["points"][0]["arms"]):
+        tables.append(attention.folding(summary))
+    answers = "\n".join(f"- {answer}" for answer in attention.answers(summary, gaps))
     record = (
-        f"Record: [{where}](../{where}/report.md), `{about['command']}`, {len(about['seeds'])} paired seeds, in "
-        f"brackets 95 % bootstrap intervals, {made['processor']}, torch {made['torch']}.\n\n"
-        f"![Test accuracy along the depth](../{where}/picture.svg)"
+        f"Record: [{where}](../{where}/report.md), `{about['command']}`, {about['steps']} steps, {len(about['seeds'])} "
+        f"paired seeds and {len(about['rates']['seeds'])} of the search, in brackets 95 % bootstrap intervals, "
+        f"{made['processor']}, torch {made['torch']}.\n\n"
+        f"![Learning curves and learning-rate sensitivity: {task}](../{where}/picture.svg)"
     )
-    return between_marks("docs/what-works-where.md", text, "depth-record", record)
+    return "\n\n".join([answers, *(table(found.header, found.rows) for found in tables), record])
 
 
 def converted_norms(root: Path) -> str:
@@ -686,6 +645,9 @@ def pages() -> dict[Path, str]:
         **small_batches_pages(),
         ROOT / "docs" / "what-works-where.md": depth_page(
             (ROOT / "docs" / "what-works-where.md").read_text(encoding="utf-8")
+        ),
+        ROOT / "docs" / "recurrent-and-attention.md": attention_page(
+            (ROOT / "docs" / "recurrent-and-attention.md").read_text(encoding="utf-8")
         ),
         **{
             ROOT / "docs" / f"{name}.md": between_marks(

@@ -24,6 +24,7 @@ SMALL = {
     "digits-deep": {"depth": 4},
     "variants": {"depth": 4},
     "text": {"depth": 1, "width": 16, "context": 12},
+    "digits-vit": {"depth": 1, "width": 16, "grid": 2},
     "data-size": {"depth": 1, "width": 16, "context": 12},
 }
 
@@ -71,8 +72,11 @@ def test_a_task_trains(task, arm, tmp_path):
     assert status["state"] == "done"
     assert status["test"] is not None
     assert status["norm_share"] is not None
-    assert (status["dead_units"] is None) == (task in ("digits", "digits-sequence", "text", "data-size"))
+    assert (status["dead_units"] is None) == (task in ("digits", "digits-sequence", "text", "digits-vit", "data-size"))
     assert bool(status["variance_ratio"]) == ("dropout" in arm)
+    assert (status["evaluation_ms"] is not None) == (task == "digits-vit")
+    assert (status["folded_ms"] is not None) == (task == "digits-vit" and arm == "batch")
+    assert status["fold_error"] is None or status["fold_error"] < 1e-5
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -173,7 +177,7 @@ def test_a_weight_is_drawn_with_the_deviation_its_method_says():
     assert all(float(m.bias.detach().abs().max()) == 0 for m in glorot if isinstance(m, nn.Linear))
 
 
-@pytest.mark.parametrize("task", ["digits", "digits-relu", "digits-cnn", "digits-sequence"])
+@pytest.mark.parametrize("task", ["digits", "digits-relu", "digits-cnn", "digits-sequence", "digits-vit"])
 def test_image_tasks_take_a_persons_own_images(task, tmp_path):
     x = np.random.default_rng(0).random((80, 3, 12, 12))
     np.savez(tmp_path / "mine.npz", x=x, y=np.arange(80) % 5)

@@ -21,6 +21,7 @@ PAGES = {
     **dict.fromkeys(SWEEPS, "docs/small-batches.md"),
     "strategies": "docs/strategies.md",
     "deep-residual": "docs/what-works-where.md",
+    **dict.fromkeys(("text", "digits-vit"), "docs/recurrent-and-attention.md"),
 }
 """Where the others are shown; the thorough ones are in the README, answer and picture."""
 COMMITTED = {"summary.json", "report.html", "report.md", "picture.svg"}

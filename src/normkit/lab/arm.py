@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from normkit.lab.errors import LabError, nearest
+from normkit.lab.shares import in_steps
 
 OPTIMIZERS = ("sgd", "momentum", "adamw")
 PLACEMENTS = ("before", "after")
@@ -171,10 +172,11 @@ def check_norm(spec: str) -> str:
     """
     from normkit.lab.norm_layer import NormLayer, is_token_norm
 
-    argument = spec.partition(":")[2]
+    counted = in_steps(spec, 100)  # of any run
+    argument = counted.partition(":")[2]
     channels = 64 * int(argument) if argument.isdigit() and int(argument) > 0 else 64
     try:
-        NormLayer(spec, dim=1 if is_token_norm(spec) else 2)(64 if is_token_norm(spec) else channels)
+        NormLayer(counted, dim=1 if is_token_norm(spec) else 2)(64 if is_token_norm(spec) else channels)
     except (ValueError, TypeError) as error:
         raise LabError(f"arm {spec!r}: {error}") from None
     return spec

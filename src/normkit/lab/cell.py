@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from normkit.lab.arm import Arm
 from normkit.lab.knob import ARM_KNOBS
+from normkit.lab.shares import in_steps
 from normkit.vocabulary.record import encode
 
 SEARCH, FINAL = "search", "final"
@@ -37,10 +38,15 @@ class Cell:
 
     @property
     def trained_arm(self) -> Arm:
-        """The arm with the swept knob at this cell's value; `arm` is the arm as the experiment names it."""
+        """The arm at this cell's value of the swept knob, shares of the run counted in its steps.
+
+        `arm` is the arm as the experiment names it.
+        """
+        arm = self.arm
         if self.knob and self.knob["name"] in ARM_KNOBS:
-            return self.arm.with_knob(self.knob["name"], self.knob["value"])
-        return self.arm
+            arm = arm.with_knob(self.knob["name"], self.knob["value"])
+        choices = tuple((key, in_steps(value, self.steps)) for key, value in arm.choices)
+        return replace(arm, norm=in_steps(arm.norm, self.steps), choices=choices)
 
     def config(self) -> dict[str, Any]:
         """config.json of the cell."""

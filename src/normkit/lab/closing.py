@@ -95,12 +95,13 @@ def norm_share(model: nn.Module, take_step: Callable[[nn.Module], float]) -> flo
         return 0.0
     with_norms, without = copy.deepcopy(model).train(), _without_norms(copy.deepcopy(model)).train()
     with untouched_generators():
-        pairs = list(_pairs(lambda: take_step(with_norms), lambda: take_step(without)))
+        pairs = list(in_turns(lambda: take_step(with_norms), lambda: take_step(without)))
     median_with, median_without = (statistics.median(times) for times in zip(*pairs, strict=True))
     return max(0.0, 1 - median_without / median_with)
 
 
-def _pairs(first: Callable[[], float], second: Callable[[], float]) -> Iterable[tuple[float, float]]:
+def in_turns(first: Callable[[], float], second: Callable[[], float]) -> Iterable[tuple[float, float]]:
+    """What two ways of doing something take, in turns, until it is known well enough or has taken long enough."""
     for measure in (first, second):
         measure()  # warm up: allocations and the first dispatch of a new graph
     begin = time.perf_counter()

@@ -71,6 +71,7 @@ class Experiment:
     dim: 1 when norms see features (n, c), 2 for images (n, c, h, w), 3 for volumes.
     initial: draws the initial weights, `initial(model, generator)`; None keeps what the builder drew.
     between_steps: callables that may act on the model between two steps (`normkit.lab.Step`).
+    fold: whether a final run ends with the time of the network in evaluation, before and after `normkit.fold`.
     """
 
     model: Callable[..., nn.Module]
@@ -92,6 +93,7 @@ class Experiment:
     dim: int = 1
     initial: Callable[..., None] | None = None
     between_steps: Sequence[Callable[..., None]] = ()
+    fold: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "quick_steps", "eval_every", "batch_size"):

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-_GAINED = (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase)
+_GAINED = (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 
 
 def weights_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The weight matrices and filters of linear, convolutional and recurrent layers, in the order of the model.
+    """The weight matrices and filters of linear, convolutional, recurrent and attention layers, in the model's order.
 
     These are what an arm's `init:` gain multiplies, and what must be equal across arms for a seed.
     """
@@ -41,7 +41,7 @@ def he(model: nn.Module, generator: torch.Generator) -> None:
 
 @torch.no_grad()
 def scale_weights_(model: nn.Module, gain: float) -> None:
-    """Multiplies every weight of linear, convolutional and recurrent layers by `gain`; biases stay."""
+    """Multiplies every weight of linear, convolutional, recurrent and attention layers by `gain`; biases stay."""
     for _, weight in weights_of(model):
         weight.mul_(gain)
 
@@ -58,5 +58,5 @@ def _zero_biases(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, _GAINED):
             for name, parameter in module.named_parameters(recurse=False):
-                if name.startswith("bias"):
+                if "bias" in name:  # attention calls it in_proj_bias
                     nn.init.zeros_(parameter)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -34,6 +34,11 @@ class NormLayer:
             norm = normkit.create(self.spec, num_features, dim=dim or self.dim, **options)
         setattr(norm, _MARK, True)
         return norm
+
+    def of(self, spec: str) -> NormLayer | None:
+        """The same for another norm that an arm asks for beside its own; None for "none"."""
+        same_kind = spec.partition(":")[0] == self.spec.partition(":")[0]
+        return None if spec == "none" else replace(self, spec=spec, running=self.running if same_kind else None)
 
 
 def is_token_norm(spec: str) -> bool:

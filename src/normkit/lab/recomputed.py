@@ -24,12 +24,12 @@ MOST = 1024  # training samples that are pooled, in one batch: more would not fi
 
 @torch.no_grad()
 def measure(model: nn.Module, experiment: Experiment, arm: Arm, data: Data, batch_size: int) -> dict[str, Any]:
-    """Both of MEASURES; None for an arm without batch norm.
+    """Both of MEASURES; None for an arm with another norm than batch norm.
 
     test_exact: the metric on test data with the statistics of the training set as one batch, so that each norm has the
     moments of just what reaches it. test_batch: with those of the test batch, of at least `batch_size` samples.
     """
-    if not any(isinstance(norm, nn.modules.batchnorm._BatchNorm) for norm in norms_of(model).values()):
+    if not all(isinstance(norm, nn.modules.batchnorm._BatchNorm) for norm in norms_of(model).values()):
         return dict.fromkeys(MEASURES)
     with untouched_generators():
         twin = _of_one_batch(model, experiment, arm)

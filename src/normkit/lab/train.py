@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from normkit.lab import checkpoint, closing, recomputed
+from normkit.lab import checkpoint, closing, folded, recomputed
 from normkit.lab.build import build_model, build_optimizer, seed_everything
 from normkit.lab.cell import FINAL, Cell
 from normkit.lab.data import Data, Order, Split
@@ -250,7 +250,7 @@ class Run:
             "ms_per_step": 1e3 * statistics.median(state.step_seconds),
             "parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
             "initial_weights": self.initial_weights,
-            **dict.fromkeys((*closing.MEASURES, *recomputed.MEASURES)),
+            **dict.fromkeys((*closing.MEASURES, *recomputed.MEASURES, *folded.MEASURES)),
         }
         if self.switching is not None:
             measured |= self.switching.measure(state.step_seconds, state.step)
@@ -259,6 +259,8 @@ class Run:
             arm, extra_step = self.cell.trained_arm, self._extra_step() if self.ranks.alone else None
             measured |= closing.measure(self.model, self.data, arm, extra_step)
             measured |= recomputed.measure(self.model, self.experiment, arm, self.data, self.cell.batch_size)
+            if self.experiment.fold and reason is None:
+                measured |= folded.measure(self.model, self.data, self.cell.batch_size)
         return measured
 
     def _extra_step(self) -> Callable[[nn.Module], float]:

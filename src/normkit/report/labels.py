@@ -19,6 +19,8 @@ NORMS = {
     "grn": "global response norm",
     "evonormb0": "EvoNorm B0",
     "evonorms0": "EvoNorm S0",
+    "rep": "RepBN",
+    "progressive": "PRepBN",
 }
 POLICIES = {
     "ghost": "ghost batch norm",
@@ -67,6 +69,10 @@ def label(arm: str) -> str:
             words += f" over {value} processes"
         elif key == "residual" and value in RESIDUALS:
             words = _residual(words, value)
+        elif key == "ffn" and _norm(value):
+            words = _inside(words, _norm(value))
+        elif key == "qk" and _norm(value):
+            additions.append(f"{_norm(value)} on queries and keys")
         elif key == "clip" and value:
             additions.append(f"adaptive clipping at {value}")
         elif key == "running" and value:
@@ -82,6 +88,17 @@ def _residual(words: str, value: str) -> str:
     return RESIDUALS[value] if words == NORMS["none"] else f"{words} and {RESIDUALS[value]}"
 
 
+def _inside(words: str, norm: str) -> str:
+    if words == norm:
+        return f"{words}, inside the feed-forward part too"
+    return f"{words} and {norm} inside the feed-forward part"
+
+
+def _share(length: str) -> str:
+    """A part of the run, or a number of batches."""
+    return length.replace("%", " %") if length.endswith("%") else f"{length} batches"
+
+
 def _norm(norm: str) -> str:
     """The norm with its argument or policy in words; "" where there are none."""
     kind, _, rest = norm.partition(":")
@@ -93,7 +110,11 @@ def _norm(norm: str) -> str:
     if kind == "frn":
         return f"{NORMS[kind]} and {rest.upper() if rest == 'tlu' else rest}"
     if kind == "power":
-        return f"{NORMS[kind]} ({rest} batches of warm-up)"
+        shared = rest.endswith("%")
+        return f"{NORMS[kind]} ({f'warm-up {_share(rest)}' if shared else f'{rest} batches of warm-up'})"
+    if kind == "progressive":
+        length, _, warm_up = rest.partition(":")
+        return f"{NORMS[kind]} ({f'after {_share(warm_up)}, ' if warm_up else ''}over {_share(length)})"
     policy, *values = rest.split(":")
     words = POLICIES.get(policy.lower().replace("_", ""), "") if kind == "batch" else ""
     return f"{words} ({', '.join(values)})" if words and values else words

@@ -67,6 +67,9 @@ AGAINST = Column("against", lambda a, m: label(a["against"]))
 EXACT = Column("exact statistics", lambda a, m: _elsewhere(a, m, "test_exact"))
 BY_BATCH = Column("statistics of the test batch", lambda a, m: _elsewhere(a, m, "test_batch"))
 VARIANCE = Column("variance, evaluation / training", lambda a, m: variance_ratio(a["variance_ratio"]))
+EVALUATION = Column("ms in evaluation", lambda a, m: n.significant(_folding(a, "evaluation_ms")))
+FOLDED = Column("ms folded", lambda a, m: folded(a))
+FOLD_ERROR = Column("fold error", lambda a, m: fold_error(a))
 
 RUNNING = replace(TEST, header="running statistics")
 
@@ -76,6 +79,22 @@ LIKE_FOR_LIKE = (AGAINST, FEWER, LESS, GAP)
 AT_TEST = (RUNNING, EXACT, BY_BATCH)
 IN_A_SWEEP = (STEPS, FEWER, SECONDS, LESS, TEST, DIVERGED)
 TERMINAL = (RATE, STEPS, FEWER, SECONDS, LESS, TEST, USABLE, DIVERGED, MS)
+
+
+def _folding(arm: Arm, key: str) -> float | None:
+    return (arm.get("folding") or {}).get(key)
+
+
+def folded(arm: Arm) -> str:
+    """Milliseconds in evaluation with the norms folded away, and how many times as fast that is: "1.2 (1.5×)"."""
+    faster = _folding(arm, "times_as_fast")
+    return n.NOTHING if faster is None else f"{n.significant(_folding(arm, 'folded_ms'))} ({n.factor(faster)}×)"
+
+
+def fold_error(arm: Arm) -> str:
+    """The greatest over the runs."""
+    error = _folding(arm, "error")
+    return n.NOTHING if error is None else f"{error:.0e}"
 
 
 def _elsewhere(arm: Arm, about: dict[str, Any], key: str) -> str:
@@ -119,7 +138,11 @@ def rows(summary: dict[str, Any]) -> list[list[str]]:
 
 def main_columns(summary: dict[str, Any]) -> tuple[Column, ...]:
     """The columns that answer the question; a sweep has so many rows that it leaves out what its page shows."""
-    return (*(IN_A_SWEEP if summary["experiment"].get("sweep") else TERMINAL), *extras(summary))
+    return (
+        *(IN_A_SWEEP if summary["experiment"].get("sweep") else TERMINAL),
+        *extras(summary),
+        *folding_columns(summary)[:2],
+    )
 
 
 def race_columns(summary: dict[str, Any]) -> tuple[Column, ...]:
@@ -139,7 +162,13 @@ def extras(summary: dict[str, Any]) -> tuple[Column, ...]:
 def cost_columns(summary: dict[str, Any]) -> tuple[Column, ...]:
     """What a step costs; by the processor where it was recorded."""
     measured = any(arm.get("cpu_ms_per_step") for point in summary["points"] for arm in point["arms"])
-    return (MS, *([CPU] if measured else []), SHARE, PARAMETERS, MEMORY)
+    return (MS, *([CPU] if measured else []), SHARE, PARAMETERS, MEMORY, *folding_columns(summary))
+
+
+def folding_columns(summary: dict[str, Any]) -> tuple[Column, ...]:
+    """Evaluation before and after folding, where the experiment asked for it."""
+    asked = any(arm.get("folding") for point in summary["points"] for arm in point["arms"])
+    return (EVALUATION, FOLDED, FOLD_ERROR) if asked else ()
 
 
 def at_test(summary: dict[str, Any]) -> Table | None:

@@ -54,6 +54,7 @@ def describe(
         "peak_memory_mb": middle(number(cell, "peak_memory_mb") for cell in ran),
         "variance_ratio": _variance_ratio(ran),
         **({"switches": switches} if (switches := _switches(ran)) else {}),
+        **({"folding": folding} if (folding := _folding(ran)) else {}),
         "curve": learning_curve(ran, points),
         "divergences": [_divergence(cell) for cell in ran if cell.state == "diverged"],
         "unit": unit_percentiles(ran, min(points, 200)),
@@ -108,6 +109,20 @@ def _switches(ran: Sequence[Record]) -> dict[str, Any] | None:
         "moved_in_evaluation": each("moved_in_evaluation"),
         "ms_per_step_before": middle(number(cell, "ms_per_step_before") for cell in ran),
         "ms_per_step_after": middle(number(cell, "ms_per_step_after") for cell in ran),
+    }
+
+
+def _folding(ran: Sequence[Record]) -> dict[str, Any] | None:
+    """Evaluation as it is and folded, medians over the runs, and the greatest error; None where it was not asked."""
+    before = middle(number(cell, "evaluation_ms") for cell in ran)
+    if before is None:
+        return None
+    both = [(number(cell, "evaluation_ms"), number(cell, "folded_ms")) for cell in ran]
+    return {
+        "evaluation_ms": before,
+        "folded_ms": middle(folded for _, folded in both),
+        "times_as_fast": middle(trained / folded for trained, folded in both if trained and folded),
+        "error": max((error for cell in ran if (error := number(cell, "fold_error")) is not None), default=None),
     }
 
 

@@ -8,9 +8,11 @@ TASKS = {
     "digits-cnn": "normkit.lab.tasks.digits_cnn:digits_cnn",
     "digits-sequence": "normkit.lab.tasks.digits_sequence:digits_sequence",
     "text": "normkit.lab.tasks.text:text",
+    "digits-vit": "normkit.lab.tasks.digits_vit:digits_vit",
     "tabular": "normkit.lab.tasks.tabular:tabular",
     "digits-deep": "normkit.lab.tasks.digits_deep:digits_deep",
     "variants": "normkit.lab.tasks.variants:variants",
     "data-size": "normkit.lab.tasks.data_size:data_size",
+    "gan": "normkit.lab.tasks.gan:gan",
 }
 DEFAULT = "digits"

@@ -12,6 +12,7 @@ from normkit.lab.errors import LabError
 from normkit.lab.experiment import Experiment
 from normkit.lab.tasks.text import text
 
+TARGET = 3.7  # in reach of a quick look on all of the text
 ARMS = ("layer", "rms", "dyt", "derf")
 
 
@@ -37,6 +38,8 @@ def data_size(share: float = 0.1, depth: int = 2, width: int = 64, context: int 
         data=Data(part(whole.data.train, share), whole.data.validation, whole.data.test),
         arms=ARMS,
         baseline="layer",
+        target=TARGET,
+        steps=600,
         quick_steps=130,
     )
 
