@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from normkit.bench.allocator import ALLOCATORS
+from normkit.bench.blocks import BLOCKS, GROUPS
 from normkit.bench.cases import Case, Level, choose
 from normkit.bench.cell import Effort
 from normkit.bench.models import MODELS
@@ -16,7 +17,8 @@ from normkit.bench.watched import WATCHED
 
 Task = dict[str, Any]
 SPECIAL = (
-    *("memory", "models", "overhead", "synchronized", "watch"),
+    *("blocks", "memory", "models", "overhead", "synchronized", "watch"),
+    *GROUPS,
     *(f"watch_{model}" for model in WATCHED),
     *MODELS,
 )
@@ -68,6 +70,7 @@ def tasks(
     for model in WATCHED:
         if "watch" in special or f"watch_{model}" in special:
             found += [{"kind": "watch", "model": model, "dtype": dtype} for dtype in dtypes or ("float32",)]
+    found += _blocks(special, dtypes)
     for model in MODELS:
         if model in special or "models" in special:
             found += [{"kind": "model", "model": model, "dtype": dtype} for dtype in dtypes or ("float32", "bfloat16")]
@@ -82,6 +85,13 @@ def tasks(
 def case_of(task: Task) -> Case:
     """The case of a task that has been through JSON."""
     return Case(**{**task["case"], "shape": tuple(task["case"]["shape"])})
+
+
+def _blocks(special: Sequence[str], dtypes: Sequence[str]) -> list[Task]:
+    asked = [block for block in BLOCKS.values() if block.group in special or "blocks" in special]
+    if asked and any(dtype != "float32" for dtype in dtypes):
+        raise ValueError(f"blocks are timed in float32, not in {', '.join(dtypes)}.\n  leave --dtype out")
+    return [{"kind": "block", "block": block.name, "dtype": "float32"} for block in asked]
 
 
 def _cells(cases: Iterable[Case], dtypes: Sequence[str], layouts: Sequence[str]) -> list[Task]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from normkit.bench import memory
+from normkit.bench.blocks import BLOCKS
 from normkit.bench.cell import Record
 from normkit.bench.plan import Plan, Task, case_of
 from normkit.vocabulary.record import encode_line
@@ -105,6 +106,9 @@ def _name(task: Task) -> Record:
     """What a record says about its task, for one that never came to say it."""
     if task["kind"] in ("model", "watch"):
         return {"kind": task["kind"], "op": task["model"], "dtype": task["dtype"], "implementation": "torch"}
+    if task["kind"] == "block":
+        block = BLOCKS[task["block"]]
+        return {"kind": "block", "op": block.name, "dtype": task["dtype"], "implementation": "normkit"}
     if task["kind"] == "memory":
         return {"kind": "memory", "op": memory.OP, "dtype": task["dtype"], "implementation": "torch"}
     case = case_of(task)

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 import torch
 
-from normkit.bench import memory, synchronized, training, watched
+from normkit.bench import blocks, memory, synchronized, training, watched
 from normkit.bench.allocator import pin
 from normkit.bench.cell import Effort, Record, measure
 from normkit.bench.plan import case_of
@@ -40,6 +40,8 @@ def carry_out(task: dict[str, Any], effort: Effort, device: str) -> list[Record]
         return training.measure(task["model"], task["dtype"], effort, device)
     if task["kind"] == "watch":
         return watched.measure(task["model"], task["dtype"], effort, device)
+    if task["kind"] == "block":
+        return blocks.measure(task["block"], effort, device)
     if task["kind"] == "memory":
         return memory.measure(task["dtype"], effort, device)
     if "processes" in task:

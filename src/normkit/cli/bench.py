@@ -22,6 +22,7 @@ from rich.table import Table as Printed
 import normkit
 from normkit.bench import cases, memory, peers
 from normkit.bench.allocator import ALLOCATORS
+from normkit.bench.blocks import BLOCKS
 from normkit.bench.plan import EFFORTS, MODELS, SPECIAL, Plan, Task, case_of, tasks
 from normkit.bench.run import run
 from normkit.bench.training import VARIANTS
@@ -43,8 +44,9 @@ class Bench:
     op: Annotated[list[str], tyro.conf.arg(metavar="NAME"), Several] = field(default_factory=list)
     """What to time; may be repeated, * stands for anything: batch_norm+add+relu, group_norm*, overhead (the fixed cost
     of a call), memory (what is kept for the backward pass), synchronized (statistics of 1 to 3 processes), watch (a
-    training step that nk.watch watches; watch_resnet50, watch_transformer), resnet50, unet, transformer, models
-    (training steps). Default: every op; --list shows them."""
+    training step that nk.watch watches; watch_resnet50, watch_transformer), blocks (recurrent and Transformer layers
+    against torch's; recurrent, transformer_layer), resnet50, unet, transformer, models (training steps). Default: every
+    op; --list shows them."""
     shape: Annotated[list[str], tyro.conf.arg(metavar="N,C,..."), Several] = field(default_factory=list)
     """Only this shape, or one of your own: 32,64,56,56. May be repeated."""
     dtype: Annotated[list[str], tyro.conf.arg(metavar="TYPE"), Several] = field(default_factory=list)
@@ -210,6 +212,8 @@ def _progress(plan: Plan, *, quiet: bool) -> Iterator[Callable[[str, Task], None
 def _words(task: Task) -> str:
     if task["kind"] in ("model", "watch"):
         return f"{MODELS[task['model']].told}, {task['dtype']}"
+    if task["kind"] == "block":
+        return f"{task['block']}, {task['dtype']}"
     if task["kind"] == "memory":
         return f"{memory.OP} {task['dtype']}"
     case = case_of(task)
@@ -223,6 +227,8 @@ def _show_plan(plan: Plan, asked: Bench) -> None:
     for task in plan.tasks:
         if task["kind"] in ("model", "watch"):
             rows.append([task["model"], "", task["dtype"], "", MODELS[task["model"]].told])
+        elif task["kind"] == "block":
+            rows.append([task["block"], "", task["dtype"], "", BLOCKS[task["block"]].told])
         elif task["kind"] == "memory":
             rows.append([memory.OP, ",".join(map(str, memory.SHAPE)), task["dtype"], "contiguous", memory.REASON])
         else:

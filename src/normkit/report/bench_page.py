@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from normkit.report import bench_memory, bench_synchronized, bench_watch, html, markdown
+from normkit.report import bench_blocks, bench_memory, bench_synchronized, bench_watch, html, markdown
 from normkit.report import numbers as n
 from normkit.report.document import Block, Document, Figure, Items, Section, Table, Text
 from normkit.vocabulary.record import read_lines, write_atomically
@@ -52,7 +52,7 @@ def answer(records: Sequence[Record]) -> str:
             f"backward, {allocator} allocator; from {n.factor(min(values))}× to {n.factor(max(values))}×)"
         )
     told += _overhead_answer(records) + bench_memory.answer(records) + bench_synchronized.answer(records)
-    told += bench_watch.answer(records)
+    told += bench_watch.answer(records) + bench_blocks.answer(records)
     red = [r for r in records if r.get("state") in ("refused", "failed")]
     if red:
         told.append(f"{len(red)} measurements have no number because parity is red or the process died")
@@ -87,6 +87,7 @@ def tables(records: Sequence[Record]) -> list[Table]:
         found.append(bench_memory.table(own, f"kept between forward and backward, {allocator} allocator"))
         found.append(_overhead(own, f"extra time per call over torch's layer, {allocator} allocator"))
         found += [bench_synchronized.table(own, BUSY), bench_watch.table(own, BUSY)]
+        found.append(bench_blocks.table(own, f"recurrent and Transformer layers, {allocator} allocator", BUSY))
     return [table for table in found if table.rows]
 
 
