@@ -295,6 +295,35 @@ def cost_of_synchronising(root: Path) -> str:
     )
 
 
+def theory(root: Path) -> str:
+    """What papers say of norms at initialisation, as it was measured here."""
+    record = json.loads((root / DOCTOR / "theory.json").read_text(encoding="utf-8"))
+    rows = [
+        [row["network"], str(row["batch"]), f"{row['mean']:.4g} ({row['least']:.4g} to {row['greatest']:.4g})"]
+        for row in record["growth"]
+    ]
+    ranks = ", ".join(f"{rank:.2f} with {name}" for name, rank in record["stable_rank"].items())
+    along = record["gradient_along_weight"]
+    return (
+        f"- the growth of squared gradients per layer of linear, norm, ReLU at initialisation, {record['depth']} "
+        f"layers of {record['width']} units, mean over {record['seeds']} seeds (least to greatest); for batch norm "
+        "without skips and large batches theory has π / (π - 1) = 1.467 (Yang et al. 2019):\n\n"
+        f"{table(['network', 'samples in the batch', 'growth per layer'], rows)}\n\n"
+        f"- the stable rank of 64 samples with cosines of 0.8 after 60 such layers of 256 units: {ranks} (Daneshmand "
+        "et al. 2020);\n"
+        f"- the gradient of a weight right before a norm is orthogonal to it: of {len(along)} pairs of layer and norm "
+        f"the greatest cosine is {max(along.values()):.0e}.\n\n"
+        f"`{record['command']}`, torch {record['torch']}, [every number](../{DOCTOR}/theory.json); "
+        "`pytest tests/test_theory.py` measures them again."
+    )
+
+
+def quantities_page(text: str) -> str:
+    """``text`` of docs/quantities.md with every quantity, and what the probes found."""
+    text = between_marks("docs/quantities.md", text, "theory", theory(ROOT))
+    return between_marks("docs/quantities.md", text, "quantities", quantities())
+
+
 def cost_of_watching(root: Path) -> str:
     """What `nk.watch` costs in a training step, from the committed record."""
     file = root / WATCHED / "bench.jsonl"
@@ -659,12 +688,7 @@ def pages() -> dict[Path, str]:
                 ("strategies", strategies_compared),
             )
         },
-        ROOT / "docs" / "quantities.md": between_marks(
-            "docs/quantities.md",
-            (ROOT / "docs" / "quantities.md").read_text(encoding="utf-8"),
-            "quantities",
-            quantities(),
-        ),
+        ROOT / "docs" / "quantities.md": quantities_page((ROOT / "docs" / "quantities.md").read_text(encoding="utf-8")),
         ROOT / "docs" / "benchmarks.md": benchmarks((ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")),
     }
 
