@@ -27,6 +27,7 @@ from normkit.lab.worker import seeded_data
 from normkit.laws import LAWS
 from normkit.measure.structure import OF_OPTIMIZER
 from normkit.report import (
+    adversarial,
     attention,
     bench_summary,
     bench_synchronized,
@@ -467,6 +468,32 @@ def transformer_compared(task: str) -> str:
     return "\n\n".join([answers, *(table(found.header, found.rows) for found in tables), record])
 
 
+def gan_page(text: str) -> str:
+    """``text`` of docs/conditional-and-gan.md with the comparisons of adversarial networks."""
+    for data in ("ring", "digits"):
+        content = adversarial_networks(ROOT, RECORDS / f"gan-{data}", f"normkit compare gan --data {data} --thorough")
+        text = between_marks("docs/conditional-and-gan.md", text, f"gan-{data}", content)
+    return text
+
+
+def adversarial_networks(root: Path, where: Path, command: str) -> str:
+    """The table, the answers and the picture of one record; the command that makes it, where there is none yet."""
+    file = root / where / "summary.json"
+    if not file.exists():
+        return f"No record is committed yet; `{command}` makes one."
+    summary = json.loads(file.read_text(encoding="utf-8"))
+    about, runs, made = summary["experiment"], final_runs(summary), summary["experiment"]["environment"]
+    higher = about["metric"]["higher_is_better"]
+    gaps = {(arm, other): against(other, runs, arm, higher) for arm, other in adversarial.pairs(summary)}
+    found = adversarial.table(summary)
+    answers = "\n".join(f"- {answer}" for answer in adversarial.sentences(summary, gaps))
+    return (
+        f"{table(found.header, found.rows)}\n\n{answers}\n\nRecord: [{where}](../{where}/report.md), "
+        f"`{about['command']}`, {len(about['seeds'])} paired seeds, {about['steps']} steps, in brackets 95 % bootstrap "
+        f"intervals, {made['processor']}, torch {made['torch']}.\n\n![Learning curves](../{where}/picture.svg)"
+    )
+
+
 def converted_norms(root: Path) -> str:
     """Accuracy by kind of norm, carried over and fitted, from the committed record."""
     record = json.loads((root / SURGERY / "convert.json").read_text(encoding="utf-8"))
@@ -677,6 +704,9 @@ def pages() -> dict[Path, str]:
         ),
         ROOT / "docs" / "recurrent-and-attention.md": attention_page(
             (ROOT / "docs" / "recurrent-and-attention.md").read_text(encoding="utf-8")
+        ),
+        ROOT / "docs" / "conditional-and-gan.md": gan_page(
+            (ROOT / "docs" / "conditional-and-gan.md").read_text(encoding="utf-8")
         ),
         **{
             ROOT / "docs" / f"{name}.md": between_marks(

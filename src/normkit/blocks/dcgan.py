@@ -166,10 +166,15 @@ def judge(discriminator: nn.Module, real: Tensor, fake: Tensor, *, mixed: bool =
 
 @torch.no_grad()
 def initialise_(model: nn.Module, generator: torch.Generator | None = None) -> None:
-    """Weights of convolutions from a normal distribution of deviation 0.02, biases 0, as the paper has it."""
+    """Weights of convolutions from a normal distribution of deviation 0.02, biases 0, as the paper has it.
+
+    Under spectral norm it is the learnt weight that is drawn; what the layer uses is a quotient of it.
+    """
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
-            nn.init.normal_(layer.weight, std=0.02, generator=generator)
+            parametrized = nn.utils.parametrize.is_parametrized(layer, "weight")
+            weight = layer.parametrizations.weight.original if parametrized else layer.weight  # type: ignore[union-attr]
+            nn.init.normal_(weight, std=0.02, generator=generator)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import shlex
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
+from normkit import imported
 from normkit.cli import arguments
-from normkit.cli.errors import UserError, require
-from normkit.cli.output import show_json
+from normkit.cli.errors import UserError, from_user, require
+from normkit.cli.output import show, show_json
 from normkit.cli.progress import watching
-from normkit.cli.report import show_result
+from normkit.cli.report import show_result, terminal_table
 from normkit.lab.comparison import Result, compare
+from normkit.lab.demonstrations import DEMONSTRATIONS
 from normkit.lab.errors import LabError
 from normkit.lab.knob import parse_value
 from normkit.vocabulary.record import encode
@@ -28,8 +31,8 @@ class Compare:
     """
 
     task: Annotated[str, tyro.conf.Positional] = "digits"
-    """digits, digits-relu, digits-cnn, digits-sequence, text, tabular; or your own: exp.py:function,
-    package.module:function."""
+    """digits, digits-relu, digits-cnn, digits-sequence, digits-vit, text, tabular, digits-deep, variants, data-size,
+    gan; or your own: exp.py:function, package.module:function. A demonstration without arms: style."""
 
     norms: str | None = None
     """Norms to compare, with commas: none,batch,group:8. Shorthand for --arms."""
@@ -61,7 +64,7 @@ class Compare:
 
     data: str | None = None
     """Your own data for a built-in task: MNIST-style IDX files, CIFAR-10's binary version, a folder of images with one
-    folder per class, or an .npz file with x and y."""
+    folder per class, or an .npz file with x and y. Of the task gan: ring or digits."""
 
     depth: int | None = None
     """Layers of the network."""
@@ -87,6 +90,8 @@ class Compare:
 
 def main(argv: list[str]) -> int:
     asked = arguments.parse(Compare, argv, "compare")
+    if asked.task in DEMONSTRATIONS:
+        return _demonstrate(asked)
     if asked.quick and asked.thorough:
         raise UserError("--quick and --thorough exclude each other; give one of them, or none for the default budget")
     require("numpy", "scipy", "matplotlib")  # now, and not when hours of runs are to be analysed
@@ -104,6 +109,28 @@ def main(argv: list[str]) -> int:
         )
     else:
         show_result(result.summary, result.page)
+    return 0
+
+
+def _demonstrate(asked: Compare) -> int:
+    """A demonstration has a place, and none of the choices of a comparison."""
+    from normkit.report import style
+
+    chosen = [f.name for f in fields(Compare) if f.name not in ("task", "out", "json")]
+    given = [name for name in chosen if getattr(asked, name) != getattr(Compare(), name)]
+    if given:
+        raise UserError(
+            f"{asked.task} is a demonstration, without arms, rates or seeds, and takes no "
+            f"--{given[0].replace('_', '-')}.\n  write: normkit compare {asked.task} [--out DIR]"
+        )
+    directory = Path(asked.out or f"runs/{asked.task}")
+    with from_user():
+        summary = imported.function(DEMONSTRATIONS[asked.task])(directory)
+    if asked.json:
+        show_json(encode({"answer": style.answer(summary), "page": str(directory / "report.html")} | summary))
+    else:
+        page = f"page: {directory / 'report.html'}"
+        show(style.answer(summary), *map(terminal_table, style.tables(summary)), page, then="normkit compare gan")
     return 0
 
 

@@ -11,6 +11,7 @@ from normkit import list_norms
 from normkit.cli import arguments
 from normkit.cli.output import show, show_json
 from normkit.dispatch import BACKENDS
+from normkit.lab.demonstrations import DEMONSTRATIONS
 from normkit.lab.tasks import TASKS
 from normkit.laws import LAWS
 from normkit.vocabulary.spec import REGISTRY, attributes
@@ -32,7 +33,8 @@ def main(argv: list[str]) -> int:
     answer = f"{len(norms)} norms, {len(BACKENDS)} backends, {len(TASKS)} built-in tasks to compare them on"
     if asked.json:
         laws = {name: law.statement for name, law in LAWS.items()}
-        show_json({"answer": answer, "norms": norms, "laws": laws, "backends": list(BACKENDS), "tasks": list(TASKS)})
+        names = {"backends": list(BACKENDS), "tasks": list(TASKS), "demonstrations": list(DEMONSTRATIONS)}
+        show_json({"answer": answer, "norms": norms, "laws": laws, **names})
     else:
         show(
             answer,
@@ -40,7 +42,9 @@ def main(argv: list[str]) -> int:
             "In training, the output of a layer does not depend on (yes), or depends on (-):",
             invariances(norms),
             statements(),
-            f"backends  {', '.join(BACKENDS)}\ntasks     {', '.join(TASKS)}",
+            f"backends        {', '.join(BACKENDS)}\n"
+            f"tasks           {', '.join(TASKS)}\n"
+            f"demonstrations  {', '.join(DEMONSTRATIONS)} (normkit compare {next(iter(DEMONSTRATIONS))})",
             then="normkit explain group --shape 8,64,56,56",
         )
     return 0

@@ -16,7 +16,7 @@ from normkit import report
 from normkit.cli import arguments
 from normkit.cli.errors import from_user, require
 from normkit.cli.output import show, show_json
-from normkit.report import bench_page, document, table
+from normkit.report import bench_page, document, generated, table
 from normkit.report.words import verdict
 from normkit.vocabulary.record import encode
 
@@ -84,15 +84,18 @@ def show_result(summary: dict[str, Any], page: Path, picture: Path | None = None
 
 
 def terminal_tables(summary: dict[str, Any]) -> list[Table]:
-    """The main table for rich, as two where one would not fit into the terminal."""
+    """The main table for rich, as two where one would not fit into the terminal, and what the experiment measured."""
     columns = table.main_columns(summary)
     narrow = sys.stdout.isatty() and shutil.get_terminal_size().columns < ONE_TABLE
     half = (len(columns) + 1) // 2
     parts = (columns[:half], columns[half:]) if narrow else (columns,)
-    return [_terminal_table(table.table(summary, part)) for part in parts]
+    if own := generated.columns(summary):
+        parts = (*parts, own)
+    return [terminal_table(table.table(summary, part)) for part in parts]
 
 
-def _terminal_table(content: document.Table) -> Table:
+def terminal_table(content: document.Table) -> Table:
+    """A table of the page for rich."""
     drawn = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for index, title in enumerate(content.header):
         drawn.add_column(title, justify="right" if index in content.numeric else "left")

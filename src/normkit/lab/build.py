@@ -6,6 +6,7 @@ import inspect
 import random
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,9 +24,9 @@ from normkit.lab.seeds import derive, generator
 from normkit.statistics import Synchronized
 
 _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "sgd": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr),
-    "momentum": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr, momentum=0.9),
-    "adamw": lambda parameters, lr: torch.optim.AdamW(parameters, lr=lr),  # weight decay 0.01, as torch has it
+    "sgd": torch.optim.SGD,
+    "momentum": partial(torch.optim.SGD, momentum=0.9),
+    "adamw": torch.optim.AdamW,  # weight decay 0.01, as torch has it
 }
 
 
@@ -46,7 +47,7 @@ def build_model(experiment: Experiment, arm: Arm, seed: int) -> tuple[nn.Module,
             f"the model builder of {experiment.name} never called norm_layer, so every arm would be the same network; "
             "build each norm as norm_layer(num_features)"
         )
-    _check_processes(model, arm)
+    _check_processes(experiment, model, arm)
     bind_norms(model, arm.name)
     if experiment.initial is not None:
         experiment.initial(model, generator(seed, "weights"))
@@ -60,7 +61,9 @@ def build_model(experiment: Experiment, arm: Arm, seed: int) -> tuple[nn.Module,
 
 def build_optimizer(experiment: Experiment, arm: Arm, model: nn.Module, lr: float) -> torch.optim.Optimizer:
     """The arm's optimizer, or the experiment's when the arm names none."""
-    optimizer = _OPTIMIZERS[arm.optimizer or experiment.optimizer](model.parameters(), lr)
+    name = arm.optimizer or experiment.optimizer
+    options = experiment.optimizer_options if name == experiment.optimizer else {}
+    optimizer = _OPTIMIZERS[name](model.parameters(), lr=lr, **options)
     if arm.clip is not None:
         clip_adaptively_before_steps(optimizer, arm.clip, skip=_head(model).parameters())
     return optimizer
@@ -92,7 +95,12 @@ def check_arms(experiment: Experiment, arms: tuple[Arm, ...]) -> None:
             ) from error
 
 
-def _check_processes(model: nn.Module, arm: Arm) -> None:
+def _check_processes(experiment: Experiment, model: nn.Module, arm: Arm) -> None:
+    if arm.processes > 1 and experiment.update is not None:
+        raise LabError(
+            f"arm {arm.name!r} averages the gradients of {arm.processes} processes in every step, and "
+            f"{experiment.name} takes its steps by itself; leave processes:{arm.processes} out"
+        )
     policies = [getattr(norm, "statistics", None) for norm in norms_of(model).values()]
     if arm.processes == 1 and any(isinstance(policy, Synchronized) for policy in policies):
         raise LabError(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import Optimizer
 
 from normkit.lab.arm import OPTIMIZERS, Arm
 from normkit.lab.data import Data
@@ -70,8 +71,12 @@ class Experiment:
     steps, eval_every, batch_size: optimizer steps of a full run; steps between evaluations; samples per step.
     dim: 1 when norms see features (n, c), 2 for images (n, c, h, w), 3 for volumes.
     initial: draws the initial weights, `initial(model, generator)`; None keeps what the builder drew.
-    between_steps: callables that may act on the model between two steps (`normkit.lab.Step`).
+    between_steps: callables that may act on the model between two steps (`normkit.lab.Step`). One that has
+        `conclude(model, data)` is asked when a final run has ended, and what it returns goes into its status.json.
     fold: whether a final run ends with the time of the network in evaluation, before and after `normkit.fold`.
+    update: how a step is taken, `update(model, optimizer, inputs, targets)`, where it is more than the loss of one
+        forward pass going down; returns the loss that is logged. What it draws comes from the global generators.
+    optimizer_options: further arguments of `optimizer`, as torch names them; not of one that an arm names.
     """
 
     model: Callable[..., nn.Module]
@@ -94,6 +99,8 @@ class Experiment:
     initial: Callable[..., None] | None = None
     between_steps: Sequence[Callable[..., None]] = ()
     fold: bool = False
+    update: Callable[[nn.Module, Optimizer, Any, Tensor], Tensor] | None = None
+    optimizer_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("steps", "quick_steps", "eval_every", "batch_size"):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 _GAINED = (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 
@@ -14,13 +15,20 @@ _GAINED = (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.Mu
 def weights_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The weight matrices and filters of linear, convolutional, recurrent and attention layers, in the model's order.
 
-    These are what an arm's `init:` gain multiplies, and what must be equal across arms for a seed.
+    These are what an arm's `init:` gain multiplies, and what must be equal across arms for a seed. Of a weight that
+    something is computed from (spectral norm), it is the one that is learnt.
     """
     for path, module in model.named_modules():
         if isinstance(module, _GAINED):
-            for name, parameter in module.named_parameters(recurse=False):
+            for name, parameter in _learnt(module):
                 if parameter.ndim >= 2:
                     yield f"{path}.{name}" if path else name, parameter
+
+
+def _learnt(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    if parametrize.is_parametrized(module):
+        yield from ((name, made.original) for name, made in module.parametrizations.items())  # type: ignore[operator,union-attr]
+    yield from module.named_parameters(recurse=False)
 
 
 @torch.no_grad()

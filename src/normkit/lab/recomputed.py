@@ -15,7 +15,7 @@ from normkit.lab.data import Data
 from normkit.lab.experiment import Experiment
 from normkit.lab.norm_layer import norms_of
 from normkit.lab.probe import untouched_generators
-from normkit.statistics import MovingAverage
+from normkit.statistics import MovingAverage, Virtual
 from normkit.statistics.policy import plain_state_dict
 
 MEASURES = ("test_exact", "test_batch")
@@ -24,21 +24,34 @@ MOST = 1024  # training samples that are pooled, in one batch: more would not fi
 
 @torch.no_grad()
 def measure(model: nn.Module, experiment: Experiment, arm: Arm, data: Data, batch_size: int) -> dict[str, Any]:
-    """Both of MEASURES; None for an arm with another norm than batch norm.
+    """Both of MEASURES; None for an arm with another norm than batch norm, or one that goes by a reference batch, and
+    where no norm of the arm is in what evaluation runs (a discriminator's).
 
     test_exact: the metric on test data with the statistics of the training set as one batch, so that each norm has the
     moments of just what reaches it. test_batch: with those of the test batch, of at least `batch_size` samples.
     """
-    if not all(isinstance(norm, nn.modules.batchnorm._BatchNorm) for norm in norms_of(model).values()):
+    if not all(_goes_by_running_statistics(norm) for norm in norms_of(model).values()):
         return dict.fromkeys(MEASURES)
     with untouched_generators():
         twin = _of_one_batch(model, experiment, arm)
         inputs, _ = data.train.first(MOST)
+        ran: list[nn.Module] = []
+        hooks = [norm.register_forward_hook(lambda norm, *_: ran.append(norm)) for norm in norms_of(twin).values()]
         twin(inputs)
+        if not ran:
+            return dict.fromkeys(MEASURES)
+        for hook in hooks:
+            hook.remove()
         exact = _evaluate(twin.eval(), experiment, data.test.chunks())
         _measuring(twin)
         parts = torch.arange(len(data.test)).tensor_split(max(1, len(data.test) // batch_size))
         return {"test_exact": exact, "test_batch": _evaluate(twin, experiment, map(data.test.take, parts))}
+
+
+def _goes_by_running_statistics(norm: nn.Module) -> bool:
+    return isinstance(norm, nn.modules.batchnorm._BatchNorm) and not isinstance(
+        getattr(norm, "statistics", None), Virtual
+    )
 
 
 def _of_one_batch(model: nn.Module, experiment: Experiment, arm: Arm) -> nn.Module:

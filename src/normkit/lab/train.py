@@ -131,11 +131,14 @@ class Run:
     def _take_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Any, targets: Tensor) -> Taken:
         """One optimizer step."""
         begin, cpu = time.perf_counter(), time.process_time()
-        optimizer.zero_grad()
-        loss = self.experiment.loss(model(inputs), targets)
-        loss.backward()
-        value = self.ranks.average(model, loss.item())
-        optimizer.step()
+        if self.experiment.update is not None:
+            value = float(self.experiment.update(model, optimizer, inputs, targets))
+        else:
+            optimizer.zero_grad()
+            loss = self.experiment.loss(model(inputs), targets)
+            loss.backward()
+            value = self.ranks.average(model, loss.item())
+            optimizer.step()
         return Taken(value, time.perf_counter() - begin, time.process_time() - cpu)
 
     def _count(self, taken: Taken) -> None:
@@ -259,6 +262,9 @@ class Run:
             arm, extra_step = self.cell.trained_arm, self._extra_step() if self.ranks.alone else None
             measured |= closing.measure(self.model, self.data, arm, extra_step)
             measured |= recomputed.measure(self.model, self.experiment, arm, self.data, self.cell.batch_size)
+            for act in self.between_steps:
+                if hasattr(act, "conclude"):
+                    measured |= act.conclude(self.model, self.data)
             if self.experiment.fold and reason is None:
                 measured |= folded.measure(self.model, self.data, self.cell.batch_size)
         return measured

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from normkit.report.generated import collapse
 from normkit.report.labels import knob_value, label, listing, sentence
 from normkit.report.numbers import decades, difference, factor, metric_interval, rate, share, significant
 
@@ -17,7 +18,7 @@ def details(summary: dict[str, Any]) -> list[str]:
     experiment, arms = summary["experiment"], summary["points"][0]["arms"]
     sentences = [_seeds(experiment)]
     if not experiment.get("sweep"):
-        sentences += [_final_metric(experiment, arms), _cost(experiment, arms), _ranges(arms)]
+        sentences += [_final_metric(experiment, arms), collapse(summary), _cost(experiment, arms), _ranges(arms)]
     every = [(point["knob"], arm) for point in summary["points"] for arm in point["arms"]]
     sentences += [
         _switches(every),

@@ -27,6 +27,7 @@ POLICIES = {
     "renorm": "batch renorm",
     "movingaverage": "moving-average batch norm",
     "synchronized": "synchronised batch norm",
+    "virtual": "virtual batch norm",
 }
 RESIDUALS = {
     "none": "without skips",
@@ -34,6 +35,7 @@ RESIDUALS = {
     "fixup": "Fixup",
     "normalizer-free": "normalizer-free",
 }
+NETWORKS = {"generator": "the generator", "discriminator": "the discriminator", "both": "both networks"}
 ALIASES = {
     "filterresponse": "frn",
     "globalresponse": "grn",
@@ -73,6 +75,12 @@ def label(arm: str) -> str:
             words = _inside(words, _norm(value))
         elif key == "qk" and _norm(value):
             additions.append(f"{_norm(value)} on queries and keys")
+        elif key == "side" and value in NETWORKS:
+            words += f" in {NETWORKS[value]}"
+        elif key == "spectral" and value in NETWORKS:
+            words = _spectral(words, NETWORKS[value])
+        elif key == "statistics" and value == "mixed":
+            additions.append("real and generated samples in one batch")
         elif key == "clip" and value:
             additions.append(f"adaptive clipping at {value}")
         elif key == "running" and value:
@@ -97,6 +105,11 @@ def _inside(words: str, norm: str) -> str:
 def _share(length: str) -> str:
     """A part of the run, or a number of batches."""
     return length.replace("%", " %") if length.endswith("%") else f"{length} batches"
+
+
+def _spectral(words: str, where: str) -> str:
+    own = f"spectral norm in {where}"
+    return own if words == NORMS["none"] else f"{words} and {own}"
 
 
 def _norm(norm: str) -> str:

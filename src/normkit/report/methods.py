@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+GENERATED = """
+    The generator in evaluation makes as many samples as there are test samples, from noise that is the same in every
+    arm and run. Modes covered and collapsed: as the description says. Loss variance: of the discriminator's loss over
+    the steps of the second half of the run. Real against real: the metric of as many real samples of the training data
+    against the test data, which no generator can be expected to beat."""
 FOLDED = """
     After a final run a batch of validation samples, of the size of a training batch, goes through the network in
     evaluation: as training left it, and with its norms folded into the layers beside them (normkit.fold; PRepBN is
@@ -70,6 +75,8 @@ def methods(summary: dict[str, Any]) -> dict[str, str]:
             variance of a norm layer's input in evaluation over that in training, lowest and highest over the
             layers.""",
     }
+    if any(arm.get("measures") for point in summary["points"] for arm in point["arms"]):
+        terms["What is generated"] = GENERATED
     if any(arm.get("folding") for point in summary["points"] for arm in point["arms"]):
         terms["In evaluation, folded"] = FOLDED
     return {term: " ".join(text.split()) for term, text in terms.items()}

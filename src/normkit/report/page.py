@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from normkit.report import generated
 from normkit.report import table as tables
 from normkit.report.details import details
 from normkit.report.document import Block, Document, Folded, Items, Legend, Section, Table, Text
@@ -51,6 +52,7 @@ def document(summary: Summary) -> Document:
         Section("answer", "Answer", _answer(summary)),
         Section("table", "Table", _table(summary)),
         *_at_test(summary),
+        *generated.sections(summary),
         Section("learning", "Learning curves", _learning(summary)),
         Section("rates", "Learning-rate sensitivity", _rates(summary)),
         Section("inside", "What happens inside", _inside(summary)),

@@ -91,7 +91,11 @@ def _run(cell: Record) -> dict[str, Any]:
     row |= {key: config[key] for key in ("phase", "lr", "seed")}
     measured = ("state", "reason", "attempts", "steps", "train_seconds", "steps_to_target", "seconds_to_target")
     row |= {key: status.get(key) for key in (*measured, "best_validation", "test", "ms_per_step")}
-    row |= {key: status[key] for key in ("cpu_seconds", "test_exact", "test_batch") if status.get(key) is not None}
+    row |= {
+        key: status[key]
+        for key in ("cpu_seconds", "test_exact", "test_batch", "measures")
+        if status.get(key) is not None
+    }
     if status.get("traceback"):
         row["traceback"] = status["traceback"]
     return row

@@ -8,6 +8,7 @@ from typing import Any
 
 from normkit.lab.analyse.curves import gradient_norms, learning_curve, middle, unit_percentiles
 from normkit.lab.analyse.directory import as_number, number
+from normkit.lab.analyse.generated import measures, pictures
 from normkit.lab.analyse.intervals import Finish, mean_interval, median_finish, paired_difference, paired_ratio
 from normkit.lab.analyse.rates import sensitivity, stable_range, usable_range
 from normkit.report.labels import is_plain
@@ -55,6 +56,8 @@ def describe(
         "variance_ratio": _variance_ratio(ran),
         **({"switches": switches} if (switches := _switches(ran)) else {}),
         **({"folding": folding} if (folding := _folding(ran)) else {}),
+        **({"measures": measured} if (measured := measures(ran)) else {}),
+        **({"pictures": kept} if (kept := pictures(ran)) else {}),
         "curve": learning_curve(ran, points),
         "divergences": [_divergence(cell) for cell in ran if cell.state == "diverged"],
         "unit": unit_percentiles(ran, min(points, 200)),
