@@ -24,8 +24,8 @@ class RepBatchNorm(nn.Module):
         device: of parameters and buffers.
         dtype: of the parameters.
 
-    Shapes: input and output (rows, c): every token is a row. ``forward(input, *, mask=None)``: (rows,), True where a
-    row counts.
+    Shapes: input and output (..., c), as (n, t, c) or (n * t, c): every token is a row. ``forward(input, *,
+    mask=None)``: (...), True where a token counts.
 
     >>> import torch, normkit as nk
     >>> model = torch.nn.Sequential(nk.blocks.RepBatchNorm(8), torch.nn.Linear(8, 4)).eval()
@@ -54,9 +54,10 @@ class RepBatchNorm(nn.Module):
         self.skip = nn.Parameter(torch.full((1,), skip, device=device, dtype=dtype))
 
     def forward(self, input: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        """(rows, c) -> (rows, c)."""
-        kept = input if mask is None else torch.where(mask[:, None], input, 0)
-        return self.norm(input, mask=mask) + self.skip * kept
+        """(..., c) -> (..., c)."""
+        rows, keep = _rows(input, mask)
+        kept = rows if keep is None else torch.where(keep[:, None], rows, 0)
+        return (self.norm(rows, mask=keep) + self.skip * kept).view(input.shape)
 
 
 class ProgressiveRepBatchNorm(nn.Module):
@@ -75,8 +76,8 @@ class ProgressiveRepBatchNorm(nn.Module):
         device: of parameters and buffers.
         dtype: of the parameters.
 
-    Shapes: input and output (rows, c): every token is a row. ``forward(input, *, mask=None)``: (rows,), True where a
-    row counts.
+    Shapes: input and output (..., c), as (n, t, c) or (n * t, c): every token is a row. ``forward(input, *,
+    mask=None)``: (...), True where a token counts.
 
     A checkpoint of a plain layer norm (``weight``, ``bias``) loads, and is where the way begins.
 
@@ -122,12 +123,13 @@ class ProgressiveRepBatchNorm(nn.Module):
         return (1 - (batches - self.warmup) / self.steps).clamp(0, 1)
 
     def forward(self, input: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        """(rows, c) -> (rows, c)."""
+        """(..., c) -> (..., c)."""
         share = self.share
         if may_be_read(share) and not share:
             return self.rep(input, mask=mask)
-        by_layer, by_batch = self.layer(input, mask=mask), self.rep(input, mask=mask)
-        return torch.lerp(by_batch, by_layer.to(by_batch.dtype), share.to(by_batch.dtype))
+        rows, keep = _rows(input, mask)
+        by_layer, by_batch = self.layer(rows, mask=keep), self.rep(rows, mask=keep)
+        return torch.lerp(by_batch, by_layer.to(by_batch.dtype), share.to(by_batch.dtype)).view(input.shape)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         if f"{prefix}weight" in state_dict:
@@ -140,6 +142,11 @@ class ProgressiveRepBatchNorm(nn.Module):
     def extra_repr(self) -> str:
         """The schedule."""
         return f"steps={self.steps}, warmup={self.warmup}"
+
+
+def _rows(input: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """(rows, c), and (rows,) of the mask."""
+    return input.flatten(0, -2), None if mask is None else mask.flatten()
 
 
 def settle_(model: nn.Module) -> nn.Module:

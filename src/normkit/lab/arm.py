@@ -217,7 +217,8 @@ def _read_phases(text: str, phases: list[str]) -> tuple[str, str]:
         strategy = str(strategies.parse(rest if norm else phases[0]))
     except ValueError as error:
         raise LabError(f"arm {text!r}: {error}") from None
-    return norm or ("switchable" if strategy.startswith("select") else "batch"), strategy
+    starts_with = {"select": "switchable", "progressive": "layer"}.get(strategy.partition("@")[0], "batch")
+    return norm or starts_with, strategy
 
 
 def _split(text: str) -> list[str]:

@@ -30,7 +30,8 @@ def measure(model: nn.Module, experiment: Experiment, arm: Arm, data: Data, batc
     test_exact: the metric on test data with the statistics of the training set as one batch, so that each norm has the
     moments of just what reaches it. test_batch: with those of the test batch, of at least `batch_size` samples.
     """
-    if not all(_goes_by_running_statistics(norm) for norm in norms_of(model).values()):
+    norms = norms_of(model).values()
+    if not norms or not all(map(_goes_by_running_statistics, norms)):  # none: they were folded away
         return dict.fromkeys(MEASURES)
     with untouched_generators():
         twin = _of_one_batch(model, experiment, arm)

@@ -13,6 +13,7 @@ from normkit.strategies.fold import Fold
 from normkit.strategies.freeze import Freeze
 from normkit.strategies.ghost_ramp import GhostRamp
 from normkit.strategies.handover import Handover
+from normkit.strategies.progressive import Progressive
 from normkit.strategies.recalibrate import Recalibrate
 from normkit.strategies.renorm_ramp import RenormRamp
 from normkit.strategies.select import Select
@@ -37,6 +38,7 @@ __all__ = [
     "Once",
     "Phases",
     "Plateau",
+    "Progressive",
     "Ramp",
     "Recalibrate",
     "RenormRamp",

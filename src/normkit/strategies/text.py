@@ -10,6 +10,7 @@ from normkit.strategies.fold import Fold
 from normkit.strategies.freeze import Freeze
 from normkit.strategies.ghost_ramp import GhostRamp
 from normkit.strategies.handover import Handover
+from normkit.strategies.progressive import Progressive
 from normkit.strategies.recalibrate import Recalibrate
 from normkit.strategies.renorm_ramp import RenormRamp
 from normkit.strategies.select import Select
@@ -20,10 +21,10 @@ from normkit.strategies.trigger import GRAMMAR as TRIGGERS
 GRAMMAR = f"""\
 phases, joined by ->, each a target, @ and when, then what happens to the step size:
   batch -> frozen@25% lr/10        batch@0-50% -> group:8@50%        taper@20%-60%        recalibrate/500
-  targets: frozen, folded, a norm (group:8, layer, rms, none ...), taper, renorm, ghost:8-64, select
+  targets: frozen, folded, a norm (group:8, layer, rms, none ...), taper, renorm, ghost:8-64, progressive, select
   when: {TRIGGERS}
   step size: {COUPLINGS}"""
-_RAMPS = ("taper", "renorm", "ghost")
+_RAMPS = ("taper", "renorm", "ghost", "progressive")
 
 
 def parse(text: str) -> Strategy:
@@ -49,7 +50,10 @@ def parse(text: str) -> Strategy:
 
 def is_phase(stage: str) -> bool:
     """Whether the first stage of a text does something, and is not the name of what the model has already."""
-    return "/" in stage or stage.partition("@")[0].partition(":")[0] in (*_RAMPS, "frozen", "folded", "select")
+    target = stage.partition("@")[0]
+    if target.startswith("progressive:"):  # a norm with a schedule of its own
+        return False
+    return "/" in stage or target.partition(":")[0] in (*_RAMPS, "frozen", "folded", "select")
 
 
 def _phase(stage: str) -> Strategy:
@@ -85,4 +89,8 @@ def _ramp(kind: str, target: str, when: str, coupling: object) -> Strategy:
         if sizes is None:
             raise ValueError(f"{target!r}: a ghost ramp has two sizes; write ghost:8-64@0%-80%")
         return GhostRamp(sizes=(int(sizes[1]), int(sizes[2])), **options)
+    if kind == "progressive":
+        if target != kind:
+            raise ValueError(f"{target!r}: the way is as long as the ramp; write progressive@{when}")
+        return Progressive(**options)
     return Taper(**options) if kind == "taper" else RenormRamp(**options)

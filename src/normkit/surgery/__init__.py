@@ -9,6 +9,7 @@ from normkit.surgery.freeze import freeze_, unfreeze_
 from normkit.surgery.merge import merge_statistics_
 from normkit.surgery.operate import Plan, Step, operate, plan
 from normkit.surgery.param_groups import param_groups
+from normkit.surgery.progressive import progressive_, settle_
 from normkit.surgery.set_statistics import set_statistics_
 from normkit.surgery.synchronize import sync_, unsync_
 
@@ -25,7 +26,9 @@ __all__ = [
     "operate",
     "param_groups",
     "plan",
+    "progressive_",
     "set_statistics_",
+    "settle_",
     "sync_",
     "unfreeze_",
     "unsync_",

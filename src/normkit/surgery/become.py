@@ -67,7 +67,8 @@ class Become:
         gone = [own for own in self.layer.state_dict() if own not in kept]
         come = [own for own in self.fresh.state_dict() if own not in kept]
         buffers = [own for own, _ in self.layer.named_buffers() if own not in kept]
-        children = [own for own, child in self.layer.named_modules() if own and child not in set(self.fresh.modules())]
+        parts = dict(self.fresh.named_modules())
+        children = [own for own, part in self.layer.named_modules() if own and parts.get(own) is not part]
         return {
             *(preserve.key(of(own)) for own in (*gone, *come)),
             *(preserve.buffer(of(own)) for own in buffers),

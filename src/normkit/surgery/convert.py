@@ -21,7 +21,7 @@ from normkit.surgery.centre import Centred, centred, rewritten
 from normkit.surgery.fit import Matched, Run, fit, two_runs
 from normkit.surgery.merge import Overwrite
 from normkit.surgery.operate import Plan, operate
-from normkit.surgery.regroup import New, Regroup
+from normkit.surgery.regroup import follow
 from normkit.surgery.target import Kind, Misfit, build, is_frozen_batch, lost, place_of
 from normkit.surgery.wrappers import unwrap
 from normkit.vocabulary.certificate import Certificate
@@ -113,7 +113,7 @@ def plan(
         )
     if normalizer_free.is_meant(to):
         intended = normalizer_free.plan(inner, match, call)
-        _add_optimizer(intended, optimizer)
+        follow(intended, optimizer)
         return intended
     intended = Plan("convert_", inner)
     runs = None if match is None else two_runs(match, call)
@@ -125,7 +125,7 @@ def plan(
     if runs is not None and other:
         found = fit(inner, other, _shared(inner, other), runs)
     _add_steps(intended, fresh, found, exact)
-    _add_optimizer(intended, optimizer)
+    follow(intended, optimizer)
     if found.layers:
         intended.notes += _words(found)
         name_of = {module: name for name, module in inner.named_modules()}
@@ -249,28 +249,6 @@ def _add_steps(
     for name, module in intended.model.named_modules(remove_duplicate=False):
         if module in edits:
             intended.changes |= edits[module].changes(name)
-
-
-def _add_optimizer(intended: Plan, optimizer: optim.Optimizer | None) -> None:
-    """Let the optimizer follow, where parameters come or go."""
-    steps = [(s.prescription.module, s.edit) for s in intended.steps if isinstance(s.edit, Become)]
-    edited = {edit.layer for _, edit in steps}
-    stay = {id(p) for m in intended.model.modules() if m not in edited for p in m.parameters(recurse=False)}
-    stay |= {id(p) for _, edit in steps for p in edit.adopted("_parameters").values()}
-    removed = [p for _, edit in steps for p in edit.removed().values() if id(p) not in stay]
-    added = [
-        New(f"{name}.{own}".lstrip("."), parameter, tuple(edit.layer.parameters()))
-        for name, edit in steps
-        for own, parameter in edit.added().items()
-    ]
-    if not removed and not added:
-        return
-    words = f"{len(added)} parameters join, {len(removed)} leave"
-    if optimizer is not None:
-        prescription = Prescription("optimizer follows", "", "it trains what there is", detail=words)
-        intended.add(prescription, Regroup(optimizer, removed, added))
-    elif added:
-        intended.notes.append(f"{words}: give optimizer=, or make the optimizer afterwards")
 
 
 def _words(found: Matched) -> list[str]:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn, optim
+
+from normkit.surgery.become import Become
+from normkit.surgery.operate import Plan
+from normkit.vocabulary.prescription import Prescription
 
 
 @dataclass(frozen=True)
@@ -68,3 +73,36 @@ class Regroup:
         for new in self.added:
             self.optimizer.state.pop(new.parameter, None)
         self.optimizer.state.update(self.state)
+
+
+def follow(intended: Plan, optimizer: optim.Optimizer | None) -> None:
+    """Let the optimizer follow the layers that become others, where parameters come or go."""
+    steps = [(s.prescription.module, s.edit) for s in intended.steps if isinstance(s.edit, Become)]
+    edits = [edit for _, edit in steps]
+    had = {id(p) for edit in edits for p in edit.layer.parameters()}
+    come = [(name, own, p, edit) for name, edit in steps for own, p in edit.added().items()]
+    stay = {id(p) for module in _outside(intended.model, {e.layer for e in edits}) for p in module.parameters(False)}
+    stay |= {id(p) for edit in edits for p in edit.adopted("_parameters").values()}
+    stay |= {id(p) for _, _, p, _ in come}  # under another name, if it was there
+    removed = [p for edit in edits for p in edit.removed().values() if id(p) not in stay]
+    added = [
+        New(f"{name}.{own}".lstrip("."), parameter, tuple(edit.layer.parameters()))
+        for name, own, parameter, edit in come
+        if id(parameter) not in had
+    ]
+    if not removed and not added:
+        return
+    words = f"{len(added)} parameters join, {len(removed)} leave"
+    if optimizer is not None:
+        prescription = Prescription("optimizer follows", "", "it trains what there is", detail=words)
+        intended.add(prescription, Regroup(optimizer, removed, added))
+    elif added:
+        intended.notes.append(f"{words}: give optimizer=, or make the optimizer afterwards")
+
+
+def _outside(module: nn.Module, layers: Collection[nn.Module]) -> Iterator[nn.Module]:
+    """The module and all below it, but for these layers and what is below them."""
+    if module not in layers:
+        yield module
+        for child in module.children():
+            yield from _outside(child, layers)
