@@ -59,6 +59,8 @@ TASKS = ("digits", "digits-relu", "digits-cnn")
 """In the order of the README."""
 ATTENTION = ("text", "digits-vit")
 """Tasks about Transformers, shown in docs/recurrent-and-attention.md."""
+STRATEGIES = ("strategies", "strategies-text", "strategies-deep")
+"""Comparisons of strategies, shown in docs/strategies.md; the first arm of each is the control that never changes."""
 OVERHEAD = Path("records") / "bench" / "overhead"
 SYNCHRONIZED = Path("records") / "bench" / "synchronized"
 WATCHED = Path("records") / "bench" / "watch"
@@ -402,17 +404,26 @@ def small_batches_pages() -> dict[Path, str]:
     }
 
 
-def strategies_compared(root: Path) -> str:
-    """The comparison of strategies: every arm against batch norm that never changes."""
-    summary = json.loads((root / RECORDS / "strategies" / "summary.json").read_text(encoding="utf-8"))
+def strategies_page(text: str) -> str:
+    """``text`` of docs/strategies.md with a table for each comparison of strategies."""
+    for record in STRATEGIES:
+        file = ROOT / RECORDS / record / "summary.json"
+        content = strategies_compared(file) if file.exists() else "No record is committed yet; the command makes one."
+        text = between_marks("docs/strategies.md", text, record, content)
+    return text
+
+
+def strategies_compared(file: Path) -> str:
+    """One comparison of strategies: every arm against the first, whose norms never change."""
+    summary = json.loads(file.read_text(encoding="utf-8"))
     about, runs = summary["experiment"], final_runs(summary)
-    others = [arm["name"] for arm in about["arms"] if arm["name"] != "batch"]
-    gaps = {name: against("batch", runs, name, about["metric"]["higher_is_better"]) for name in others}
+    control, *others = (arm["name"] for arm in about["arms"])
+    gaps = {name: against(control, runs, name, about["metric"]["higher_is_better"]) for name in others}
     found, made = strategies.table(summary, gaps), about["environment"]
     return (
         f"{table(found.header, found.rows)}\n\n{len(about['seeds'])} paired seeds, in brackets 95 % bootstrap "
         f"intervals, {about['steps']} steps, {made['processor']}, torch {made['torch']}; "
-        "[every number](../records/compare/strategies/report.md). Jumps are in deviations of the outputs before."
+        f"[every number](../{RECORDS / file.parent.name}/report.md). Jumps are in deviations of the outputs before."
     )
 
 
@@ -715,9 +726,9 @@ def pages() -> dict[Path, str]:
             for name, content in (
                 ("convert", converted_norms),
                 ("calibrate", calibrated_averages),
-                ("strategies", strategies_compared),
             )
         },
+        ROOT / "docs" / "strategies.md": strategies_page((ROOT / "docs" / "strategies.md").read_text(encoding="utf-8")),
         ROOT / "docs" / "quantities.md": quantities_page((ROOT / "docs" / "quantities.md").read_text(encoding="utf-8")),
         ROOT / "docs" / "benchmarks.md": benchmarks((ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")),
     }

@@ -16,6 +16,7 @@ import normkit as nk
 from normkit.blocks import ProgressiveRepBatchNorm, RepBatchNorm
 from normkit.lab import Experiment
 from normkit.lab.arm import parse_arm
+from normkit.report import strategies
 from normkit.strategies import Moment, Progressive, attach, parse
 from normkit.vocabulary.evidence import Evidence
 from test_lab_train import cell, lines, run
@@ -353,3 +354,27 @@ def test_training_goes_on_behind_it():
         found[text] = float((model.eval()(x).argmax(-1) == y).float().mean())
     assert found[""] > 0.5  # of three classes; a token sees itself alone
     assert min(found.values()) > found[""] - 0.05, found
+
+
+def test_the_table_of_a_comparison_speaks_of_its_own_metric():
+    """Of what shall be small, less is better; the control has no difference to itself."""
+    metric = {"name": "bits per character", "unit": "bits per character", "higher_is_better": False}
+    arm = {
+        "name": "layer->progressive@0%-60%",
+        "lr": 0.01,
+        "test": {"mean": 3.6, "low": 3.5, "high": 3.7},
+        "runs": {"diverged": 1, "finished": 5},
+        "switches": {
+            "moved_in_training": 0.0,
+            "moved_in_evaluation": 0.02,
+            "ms_per_step_before": 8,
+            "ms_per_step_after": 6,
+        },
+    }
+    control = {**arm, "name": "layer", "switches": None}
+    summary = {"experiment": {"metric": metric}, "points": [{"arms": [control, arm]}]}
+    found = strategies.table(summary, {arm["name"]: {"value": 0.2, "low": 0.1, "high": 0.3}})
+    assert found.header[2:4] == ["test bits per character", "better by"]
+    assert found.rows[0][2:5] == ["3.600 [3.500, 3.700]", "–", "1 of 5"]
+    assert found.rows[1][0] == "`layer -> progressive@0%-60%`"
+    assert found.rows[1][3:] == ["+0.200 [+0.100, +0.300]", "1 of 5", "0", "0.020", "0.75×"]

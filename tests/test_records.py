@@ -15,12 +15,19 @@ ROOT = Path(__file__).parent.parent
 RECORDS = sorted((ROOT / "records" / "compare").glob("*"))
 SWEEPS = ("small-batches", "cut-batches")
 """Over the batch size, with a budget that their page states."""
-SMALL_BUDGET = ("strategies", "deep-residual")
+STRATEGIES = ("strategies", "strategies-text", "strategies-deep")
+SMALL_BUDGET = (*STRATEGIES, "deep-residual", "digits-sequence-pixels", "digits-sequence-permuted")
 """With a budget that their page states; every other record is a thorough comparison."""
+ADVERSARIAL = ("gan-ring", "gan-digits")
+"""With ten seeds at least; the task has an option, so that its name is not the record's."""
 PAGES = {
     **dict.fromkeys(SWEEPS, "docs/small-batches.md"),
-    "strategies": "docs/strategies.md",
-    "deep-residual": "docs/what-works-where.md",
+    **dict.fromkeys(STRATEGIES, "docs/strategies.md"),
+    **dict.fromkeys(
+        ("deep-residual", "digits-sequence", "digits-sequence-pixels", "digits-sequence-permuted"),
+        "docs/what-works-where.md",
+    ),
+    **dict.fromkeys(ADVERSARIAL, "docs/conditional-and-gan.md"),
     **dict.fromkeys(("text", "digits-vit"), "docs/recurrent-and-attention.md"),
 }
 """Where the others are shown; the thorough ones are in the README, answer and picture."""
@@ -69,6 +76,9 @@ def test_a_record_is_a_run_that_its_command_makes_again_and_four_small_files(rec
     elif record.name in SMALL_BUDGET:
         assert "--seeds 5 --search-seeds 1" in experiment["command"]
         assert "--out" not in experiment["command"]
+    elif record.name in ADVERSARIAL:
+        assert experiment["command"].startswith(f"normkit compare gan --data {record.name.removeprefix('gan-')}")
+        assert len(experiment["seeds"]) >= 10
     else:
         assert experiment["budget"] == "thorough"
         assert experiment["command"] == f"normkit compare {record.name} --thorough"
