@@ -420,6 +420,13 @@ CASES = (
         lambda: decayed(True),
         lambda asked: optimized(asked.model, torch.optim.SGD(asked.model.parameters(), lr=0.1)),
     ),
+    Case(
+        "exported_in_training",
+        "error",
+        lambda: Asked(readings=[*run(exported=[1.0]).readings]),
+        lambda: Asked(readings=[*run(exported=[0.0]).readings]),
+        instead(lambda: Asked(readings=[r for r in run(exported=[1.0]).readings if r.quantity != "in_training"])),
+    ),
     Case("frozen_but_training", "error", lambda: with_batch(half_frozen()), batch_norm, safety="eval_identical"),
     Case(
         "momentum_reversed",

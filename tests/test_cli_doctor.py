@@ -65,6 +65,26 @@ def test_everything_that_is_given_is_asked_about(run, file):  # noqa: F811
     assert all("watch" in reason for reason in data["not_asked"].values())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("training", [False, True])
+def test_an_exported_program_is_diagnosed(run, tmp_path, training):  # noqa: F811
+    from torch import nn
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(392, 4))
+    program = torch.export.export(model.train(training), (torch.randn(2, 3, 9, 9),))
+    torch.export.save(program, tmp_path / "net.pt2")
+    status, output, _ = run("doctor", str(tmp_path / "net.pt2"), "--input", "3,9,9", "--json")
+    data = json.loads(output)
+    rules = [finding["rule"] for finding in data["findings"]]
+    assert ("exported_in_training" in rules) is training
+    assert "bias_before_norm" in rules if training else "unfolded_norms" in rules
+    assert status == 1
+    assert data["model"]["norms"] == 1
+    readings = {(r["quantity"], r["module"]): r["value"] for r in data["readings"]}
+    assert readings["values_per_channel", "1"] == 32 * 7 * 7  # another batch than it was exported with
+    assert ("dead_share", "2") in readings
+
+
 def test_rules_are_selected_and_ignored(run, file):  # noqa: F811
     assert run("doctor", f"{file}:sick", "--ignore", "momentum_*")[0] == 0
     assert run("doctor", f"{file}:sick", "--select", "momentum_reversed")[0] == 1
@@ -98,10 +118,14 @@ def test_the_page_is_written(run, file, tmp_path):  # noqa: F811
         (("{file}:sound", "--select", "momentum_revrsed"), ["did you mean 'momentum_reversed'"]),
         (("{file}:sound", "--loss", "cross_entropy"), ["--loss wants targets"]),
         (("{directory}",), ["no run was watched there"]),
+        (("{directory}/net.pt2",), ["net.pt2: is not there", "torch.export.save"]),
+        (("{directory}/net.py.pt2",), ["is no program of torch.export"]),
+        (("{directory}/net.pt2", "--eval"), ["--eval goes with a function", "its own weights and modes"]),
         (("{directory}", "--input", "3,9,9"), ["--input goes with a MODEL"]),
     ],
 )
 def test_what_cannot_be_done_is_said(run, file, tmp_path, words, said):  # noqa: F811
+    (tmp_path / "net.py.pt2").write_text(SOURCE)
     words = [word.format(file=file, directory=tmp_path) for word in words]
     told = refused(run("doctor", *words))
     assert all(word in told for word in said)

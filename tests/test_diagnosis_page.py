@@ -189,7 +189,7 @@ def test_markdown_tells_the_same_numbers():
     text = diagnosis_page.text(data())
     assert "threshold 0.1" in text
     assert "1.bn gives the first NaN." in text
-    assert "| 1.bn | batch\\_norm | 128 |" in text
+    assert "| 1.bn | batch\\_norm | 1 error | 128 |" in text
 
 
 def test_without_matplotlib_the_words_and_tables_stay(monkeypatch):

@@ -154,6 +154,7 @@ VALUES = {
     "batch 3d": (lambda: nn.BatchNorm3d(6), (4, 6, 5, 3, 2), 120),
     "without running statistics": (lambda: nn.BatchNorm2d(6, track_running_stats=False), (4, 6, 5, 7), 140),
     "ghost": (lambda: nk.BatchNorm2d(6, statistics="ghost:3"), (7, 6, 5, 7), 105),  # parts of 3 and 4
+    "ghost batches larger than the batch": (lambda: nk.BatchNorm2d(6, statistics="ghost:9"), (4, 6, 5, 7), 140),
     "alone": (lambda: nk.BatchNorm2d(6, statistics=nk.statistics.Synchronized(required=False)), (4, 6, 5, 7), 140),
     "group": (lambda: nn.GroupNorm(2, 6), (4, 6, 5, 7), 105),
     "groups of features": (lambda: nk.GroupNorm(3, 6), (4, 6), 2),
@@ -204,6 +205,7 @@ def test_units_that_stand_still():
     x = off_centre(8, 4, 5, 5)
     x[:, 1] = 7.0
     x[:, 2] = x[:, 2] * 1e-6
+    x[:, 3] = x[:, 3] * 5e-3  # quiet, and still above eps
     found = numbers(nn.Sequential(nk.BatchNorm2d(4, eps=1e-5)), x)
     assert found["constant_share", "0"] == 0.5
     assert found["least_variance_over_eps", "0"] == 0
@@ -239,6 +241,21 @@ def test_the_noise_of_plain_features_in_closed_form():
     found = numbers(nn.Sequential(nk.BatchNorm1d(1)), x)
     assert found["batch_noise", "0"] == pytest.approx(math.sqrt((4 / 3) / 4))
     assert found["variance_noise", "0"] == pytest.approx(0)
+
+
+def test_the_noise_is_that_of_the_channels_that_move():
+    x = off_centre(16, 3, 4, 4)
+    still = torch.cat([x, torch.full((16, 2, 4, 4), 7.0)], 1)
+    asked = ["batch_noise", "variance_noise"]
+    alone, beside = (numbers(nn.Sequential(nn.BatchNorm2d(y.shape[1])), y, quantities=asked) for y in (x, still))
+    assert beside == {key: pytest.approx(value, rel=1e-6) for key, value in alone.items()}
+
+
+def test_of_samples_of_unequal_length_the_shortest_counts():
+    norm, x = nk.InstanceNorm1d(2), torch.randn(3, 2, 5)
+    with untouched(norm), Collection(norm, ["values_per_channel"]) as collection:
+        norm(x, lengths=torch.tensor([5, 2, 3]))
+    assert [float(value) for _, _, value in collection.pending()] == [2.0]
 
 
 @pytest.mark.parametrize("how", ["mask", "lengths"])

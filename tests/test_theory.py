@@ -56,6 +56,21 @@ def test_smoothness_lies_between_the_least_and_the_greatest_curvature():
     assert 2 < found["effective_smoothness", ""] < 9
 
 
+class Quartic(Quadratic):
+    """L(w) = w⁴ / 4: its gradient is w³, and no step along it has the slope of another."""
+
+    def forward(self, x):
+        return self.weight.pow(4).sum() / 4
+
+
+def test_the_smoothness_is_the_greatest_slope_on_the_way():
+    w, lr = 1.0, 0.3
+    found = values(landscape(Quartic([1.0], [w]), torch.zeros(1), loss_fn=the_output, lr=lr))
+    slopes = [abs((w - lr * t * w**3) ** 3 - w**3) / (lr * t * w**3) for t in LENGTHS]
+    assert max(slopes) > 1.5 * min(slopes)
+    assert found["effective_smoothness", ""] == pytest.approx(max(slopes), rel=1e-6)
+
+
 class Chain(nn.Module):
     """Scalars in a row: L = v u x."""
 

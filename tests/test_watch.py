@@ -495,6 +495,12 @@ def _apart(rank: int, directory: str) -> None:
                 optimizer.zero_grad()
                 F.cross_entropy(model(torch.randn(16, 6) + 5 * rank), torch.randint(3, (16,))).backward()
                 optimizer.step()
+        norm, means = inner[1], [torch.zeros(8) for _ in range(2)]
+        dist.all_gather(means, norm.running_mean)
+        if rank == 0:
+            spread = ((means[0] - means[1]).abs() / (norm.running_var + norm.eps).sqrt()).max()
+            told = [r.value for r in report_of_run(f"{directory}/{how}").readings if r.quantity == "rank_spread"]
+            assert told[-1] == pytest.approx(float(spread), rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import normkit
+from normkit.integrations.exported_program import layered
 from normkit.measure import QUANTITIES, Collection, packed
 from normkit.measure.collect import numbers
 from normkit.measure.neighbours import GRAPH, read_neighbours
@@ -247,7 +248,7 @@ class Diagnosis:
 
 
 def diagnose(
-    model: nn.Module,
+    model: nn.Module | torch.export.ExportedProgram,
     batch: Any = None,
     loss_fn: Callable[..., Any] | None = None,
     optimizer: torch.optim.Optimizer | None = None,
@@ -263,7 +264,8 @@ def diagnose(
     trains. Nothing about the model changes: buffers, gradients, modes, hooks and the random state are as before.
 
     Args:
-        model: any module; of one that is compiled or wrapped in DistributedDataParallel, the model inside.
+        model: any module; of one that is compiled or wrapped in DistributedDataParallel, the model inside. Or a program
+            of ``torch.export``.
         batch: what a loader gives: a tensor, ``(input, target)``, or a dict, of which the model gets the keys that its
             forward has. An input may itself be a tuple of positional or a dict of keyword arguments.
         loss_fn: ``(output, target)`` to a number; of a batch that is a dict or a tensor the target is the batch, as in
@@ -286,7 +288,7 @@ def diagnose(
 
     When not to use it: as a proof that training will go well. A rule says what it found, not that there is nothing.
     """
-    model = original(model)
+    model = original(layered(model))
     chosen(RULES.values(), select, ignore)  # a wrong name is said before minutes are spent
     refused: list[Reading] = []
     try:

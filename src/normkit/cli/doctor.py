@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from normkit import imported
@@ -19,10 +20,12 @@ from normkit.cli.errors import UserError, from_user
 from normkit.cli.operating import built, told
 from normkit.cli.output import show, show_json
 from normkit.diagnosis import Diagnosis, diagnose
+from normkit.integrations.exported_program import layered
 from normkit.vocabulary.finding import SEVERITIES
 
 Several = tyro.conf.UseAppendAction
 BATCH = 32
+PROGRAM = ".pt2"
 
 
 @dataclass
@@ -30,8 +33,8 @@ class Doctor:
     """Say what is wrong with the normalization of a model or of a watched run, by which number, and what to do."""
 
     subject: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL|RUN_DIR")]
-    """What builds the model: package.module:function or file.py:function, called without arguments. Or the directory
-    that nk.watch has written."""
+    """What builds the model: package.module:function or file.py:function, called without arguments. Or a program that
+    torch.export has saved (.pt2), or the directory that nk.watch has written."""
     input: Annotated[str | None, tyro.conf.arg(metavar="C,H,W")] = None
     """Size of one sample: 3,224,224. The batch is then random, of mean 0 and deviation 1."""
     batch: int = BATCH
@@ -85,7 +88,7 @@ def _of_run(asked: Doctor) -> Diagnosis:
 
 
 def _of_model(asked: Doctor) -> Diagnosis:
-    model = built(asked.subject)
+    model = _program(asked) if asked.subject.endswith(PROGRAM) else built(asked.subject)
     if asked.checkpoint is not None:
         state, _ = checkpoints.read(asked.checkpoint)
         checkpoints.fill(model, state, asked.checkpoint)
@@ -104,6 +107,26 @@ def _of_model(asked: Doctor) -> Diagnosis:
             select=asked.select or None,
             ignore=asked.ignore or None,
         )
+
+
+def _program(asked: Doctor) -> nn.Module:
+    """An exported program as a model of layers."""
+    for word, given in (("checkpoint", asked.checkpoint), ("optimizer", asked.optimizer), ("eval", asked.evaluate)):
+        if given:
+            raise UserError(
+                f"--{word} goes with a function that builds the model; {asked.subject} is a program of torch.export, "
+                "with its own weights and modes"
+            )
+    save = "  torch.export.save(program, 'net.pt2') writes one; or give file.py:function that builds the model"
+    if not zipfile.is_zipfile(asked.subject):
+        what = "is no program of torch.export" if Path(asked.subject).exists() else "is not there"
+        raise UserError(f"MODEL {asked.subject}: {what}\n{save}")
+    try:
+        return layered(torch.export.load(asked.subject))
+    except Exception as error:
+        raise UserError(
+            f"MODEL {asked.subject}: torch.export.load raised {imported.describe(error)}\n{save}"
+        ) from error
 
 
 def _batch(asked: Doctor) -> Any:

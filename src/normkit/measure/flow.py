@@ -112,7 +112,7 @@ class _Tracer(fx.Tracer):
 
 def _word(node: fx.Node) -> str:
     target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return node.op if node.op in ("placeholder", "get_attr", "output") else target.strip("_")
+    return node.op if node.op in ("placeholder", "get_attr", "output") else target.partition(".")[0].strip("_")
 
 
 def read_pass(model: nn.Module, run: Callable[[], Any], seen: Callable[[str, str, tuple], None]) -> Flow:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from normkit.integrations.exported_program import EXPORTED
 from normkit.norm import Norm
 from normkit.statistics import Running, Synchronized
 from normkit.surgery.recast import is_called_a_norm
@@ -45,7 +46,7 @@ QUANTITIES = (
     _quantity("keeps_statistics", "whether a batch norm has running statistics", FLAG),
     _quantity("frozen", "whether it normalises by running statistics in training too, as after nk.freeze_", FLAG),
     _quantity("affine_frozen", "whether weight and bias are there and none of them gets gradients", FLAG),
-    _quantity("batches_seen", "num_batches_tracked: how many batches the running statistics have seen", "batches"),
+    _quantity("batches_seen", "how many batches the running statistics have seen: num_batches_tracked", "batches"),
     _quantity("statistics_dtype", "type of the running statistics"),
     _quantity("parameter_dtype", "type of weight and bias"),
     _quantity("statistics_at_start", "whether every running mean is 0 and every running variance 1", FLAG),
@@ -65,6 +66,7 @@ QUANTITIES = (
     ),
     _quantity("processes", "processes of torch.distributed; 0: it is not initialised", "processes", "model"),
     _quantity("model_training", "whether the model is in training mode", FLAG, "model"),
+    _quantity("exported", "whether it is a program of torch.export, whose modes are fixed", FLAG, "model"),
 )
 
 
@@ -111,6 +113,7 @@ def _of_model(model: nn.Module) -> Iterator[Fact]:
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     yield "processes", float(torch.distributed.get_world_size()) if distributed else 0.0, ""
     yield "model_training", float(model.training), ""
+    yield "exported", float(EXPORTED in (getattr(model, "meta", None) or {})), ""
 
 
 def _of_parameters(model: nn.Module) -> Iterator[Fact]:

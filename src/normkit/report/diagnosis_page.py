@@ -38,7 +38,8 @@ def document(data: Data) -> Document:
     data = decode(data)
     evidence = Evidence(map(_reading, data["readings"]))
     findings, watched = data["findings"], data.get("run") or {}
-    table = layer_table.layers(evidence, findings) or [layer_table.EMPTY]
+    nan = (watched.get("first_nan") or {}).get("step")
+    table = layer_table.layers(evidence, findings, nan) or [layer_table.EMPTY]
     sections = [
         Section("answer", "Verdict", [Text(data["verdict"], "answer"), Items(_strip(data))]),
         Section("findings", "Findings", parts(findings, evidence) or [Text("None.", "note")]),

@@ -32,6 +32,11 @@ def told_of(known: dict[str, str]) -> str:
     """A quantity in a line."""
     formula = known["formula"] if known.get("means") else sentence(known["formula"])
     parts = [known.get("means", ""), f"Computed as {formula}." if known.get("means") else formula]
-    parts += [f"Unit: {known['unit']}."] if known.get("unit") else []
+    parts += [_unit(known["unit"])] if known.get("unit") else []
     parts += [f"Source: {known['paper']}."] if known.get("paper") else []
     return " ".join(filter(None, parts))
+
+
+def _unit(unit: str) -> str:
+    """A unit, or what the numbers of a flag stand for."""
+    return f"{unit.replace(':', ' is')}." if ":" in unit else f"Unit: {unit}."

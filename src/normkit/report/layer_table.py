@@ -81,14 +81,21 @@ ACTIVATIONS = (
 OF_A_NORM = ("values_per_channel", "mean_drift", "scale_greatest", "running_nonfinite")
 
 
-def layers(evidence: Evidence, findings: Sequence[dict[str, Any]]) -> list[Block]:
-    """Norm layers, then activations; a column that nothing fills is left out."""
+def layers(evidence: Evidence, findings: Sequence[dict[str, Any]], until: int | None = None) -> list[Block]:
+    """Norm layers, then activations; a column that nothing fills is left out.
+
+    ``until``: the step of the first NaN; the table shows what there was before it.
+    """
+    when = "the last value of each"
+    if until is not None:
+        evidence = Evidence(r for r in evidence.readings if r.step is None or r.step < until)
+        when += f" before step {until}, where the first NaN is"
     norms = _places(evidence, OF_A_NORM)
     activations = [name for name in _places(evidence, ("dead_share", "activation_std")) if name not in norms]
     blocks: list[Block] = []
-    for caption, names, columns in (("Norm layers", norms, NORMS), ("Activations", activations, ACTIVATIONS)):
+    for what, names, columns in (("Norm layers", norms, NORMS), ("Activations", activations, ACTIVATIONS)):
         if names:
-            blocks += _table(caption, names, columns, evidence, findings)
+            blocks += _table(f"{what}: {when}.", names, columns, evidence, findings)
     return blocks
 
 
@@ -100,11 +107,14 @@ def _table(
     caption: str, names: list[str], columns: Sequence[Column], evidence: Evidence, findings: Sequence[dict[str, Any]]
 ) -> list[Block]:
     used = [column for column in columns if any(column.cell(evidence, name) for name in names)]
-    header = ["layer", *(column.header for column in used), "findings"]
-    rows = [[name, *(column.cell(evidence, name) for column in used), _told(findings, name)] for name in names]
+    words = [column for column in used if not column.numeric]
+    numbers = [column for column in used if column.numeric]
+    header = ["layer", *(column.header for column in words), "findings", *(column.header for column in numbers)]
+    cells = lambda columns, name: [column.cell(evidence, name) for column in columns]
+    rows = [[name, *cells(words, name), _told(findings, name), *cells(numbers, name)] for name in names]
     worst = [_worst(findings, name) for name in names]
-    numeric = frozenset(i for i, column in enumerate(used, 1) if column.numeric)
-    first = Table(header, rows[:SHOWN], f"{caption}: the last value of each.", numeric, worst[:SHOWN])
+    numeric = frozenset(range(len(words) + 2, len(header)))
+    first = Table(header, rows[:SHOWN], caption, numeric, worst[:SHOWN])
     if len(rows) <= SHOWN:
         return [first]
     rest = Table(header, rows[SHOWN:], "", numeric, worst[SHOWN:])

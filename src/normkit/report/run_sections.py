@@ -131,7 +131,7 @@ def first_nan(trace: dict[str, Any] | None) -> list[Section]:
     header = ["module", "class", "what", "|least|", "|greatest|", "not finite"]
     rows = [
         [
-            frame["module"] or "(the model)",
+            frame["module"] or ("the batch" if frame["class"] == "batch" else "the model"),
             frame["class"],
             frame["what"],
             value(frame["least"]),

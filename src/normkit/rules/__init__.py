@@ -20,6 +20,7 @@ MENU = (
     "few_values_per_channel",
     "optimizer_misses_parameters",
     "frozen_but_training",
+    "exported_in_training",
     "momentum_reversed",
     "half_precision_statistics",
     "imprecise_arithmetic",
