@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import normkit as nk
-from normkit.lab.analyse.against import against, final_runs
+from normkit.lab.analyse.against import against, final_runs, race
 from normkit.lab.analyse.small_batches import digest
 from normkit.lab.arm import Arm
 from normkit.lab.build import build_model
@@ -33,6 +33,7 @@ from normkit.report import (
     bench_synchronized,
     bench_watch,
     depth,
+    recurrent,
     small_batches,
     strategies,
 )
@@ -59,6 +60,14 @@ TASKS = ("digits", "digits-relu", "digits-cnn")
 """In the order of the README."""
 ATTENTION = ("text", "digits-vit")
 """Tasks about Transformers, shown in docs/recurrent-and-attention.md."""
+RECURRENT = {
+    "digits-sequence": "normkit compare digits-sequence --thorough",
+    "digits-sequence-pixels": "normkit compare digits-sequence --set unit=pixels --seeds 5 --search-seeds 1",
+    "digits-sequence-permuted": (
+        "normkit compare digits-sequence --set unit=pixels --set permuted=true --seeds 5 --search-seeds 1"
+    ),
+}
+"""Comparisons of recurrent networks, shown in docs/what-works-where.md, and the commands that make them."""
 STRATEGIES = ("strategies", "strategies-text", "strategies-deep")
 """Comparisons of strategies, shown in docs/strategies.md; the first arm of each is the control that never changes."""
 OVERHEAD = Path("records") / "bench" / "overhead"
@@ -444,6 +453,46 @@ def depth_page(text: str) -> str:
     return between_marks("docs/what-works-where.md", text, "depth-record", record)
 
 
+def recurrent_page(text: str) -> str:
+    """``text`` of docs/what-works-where.md with the comparisons of recurrent networks."""
+    for name, command in RECURRENT.items():
+        content = recurrent_compared(ROOT / RECORDS / name / "summary.json", command)
+        text = between_marks("docs/what-works-where.md", text, name, content)
+    return text
+
+
+def recurrent_compared(file: Path, command: str) -> str:
+    """The answers, the tables and the picture of one record; the command that makes it, where there is none yet."""
+    if not file.exists():
+        return f"No record is committed yet; `{command}` makes one."
+    summary = json.loads(file.read_text(encoding="utf-8"))
+    about, made, runs = summary["experiment"], summary["experiment"]["environment"], final_runs(summary)
+    higher, names = about["metric"]["higher_is_better"], {arm["name"] for arm in about["arms"]}
+    pairs = {
+        (name, other): {
+            "test": against(other, runs, name, higher),
+            "steps": race(other, runs, name, about["steps"]),
+        }
+        for name, other in recurrent.QUESTIONS
+        if {name, other} <= names
+    }
+    answers = "\n".join(f"- {answer}" for answer in recurrent.answers(summary, pairs))
+    results, gradients = recurrent.results(summary), recurrent.gradients(summary)
+    where = RECORDS / file.parent.name
+    return "\n\n".join(
+        [
+            answers,
+            table(results.header, results.rows),
+            "The gradient at the first time step over that at the last:",
+            table(gradients.header, gradients.rows),
+            f"Record: [{where}](../{where}/report.md), `{about['command']}`, {about['steps']} steps, "
+            f"{len(about['seeds'])} paired seeds and {len(about['rates']['seeds'])} of the search, in brackets 95 % "
+            f"bootstrap intervals, {made['processor']}, torch {made['torch']}. The curves over all time steps are on "
+            f"the page of the record.\n\n![Learning curves and learning-rate sensitivity](../{where}/picture.svg)",
+        ]
+    )
+
+
 def attention_page(text: str) -> str:
     """``text`` of docs/recurrent-and-attention.md with what the records of the tasks say."""
     for task in ATTENTION:
@@ -710,8 +759,8 @@ def pages() -> dict[Path, str]:
             cost_of_watching(ROOT),
         ),
         **small_batches_pages(),
-        ROOT / "docs" / "what-works-where.md": depth_page(
-            (ROOT / "docs" / "what-works-where.md").read_text(encoding="utf-8")
+        ROOT / "docs" / "what-works-where.md": recurrent_page(
+            depth_page((ROOT / "docs" / "what-works-where.md").read_text(encoding="utf-8"))
         ),
         ROOT / "docs" / "recurrent-and-attention.md": attention_page(
             (ROOT / "docs" / "recurrent-and-attention.md").read_text(encoding="utf-8")

@@ -211,6 +211,32 @@ def test_every_step_has_statistics_and_later_ones_take_the_last_that_training_ha
     assert torch.allclose(y[8], (last + layer.bias_ih_l0 + u + layer.bias_hh_l0).tanh())
 
 
+def test_a_norm_in_training_inside_a_layer_in_evaluation_measures_every_step():
+    layer = nk.LSTM(INPUTS, WIDTH, norm="batch:per_step:4").eval()
+    for norm in (part.norm for part in layer.norms["l0"].values()):
+        norm.train()
+    layer(torch.randn(4, 6, INPUTS))
+    assert layer.norms["l0"]["cell"].norm.statistics_state.batches.tolist() == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("norm", [None, "layer"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_output_is_shown_as_it_arises_and_has_its_whole_gradient(kind, norm):
+    layer = made(kind, norm, num_layers=2, bidirectional=True)
+    packed = pack_padded_sequence(torch.randn(STEPS, 5, INPUTS).double(), torch.tensor(LENGTHS), enforce_sorted=False)
+    wanted, _ = layer(packed)
+    seen = {}
+    layer.on_state = lambda place, step, h: seen.__setitem__((place, step), h)
+    y, _ = layer(packed)
+    assert torch.allclose(y.data, wanted.data, atol=1e-12)
+    assert list(seen) == [(place, step) for place in range(4) for step in range(STEPS)]
+    first, last = torch.autograd.grad(y.data.sin().sum(), [seen[2, 0], seen[2, STEPS - 1]])
+    assert first.shape == last.shape == (5, WIDTH)
+    assert torch.allclose(last[:2], seen[2, STEPS - 1][:2].cos())  # only the output comes behind it; two have got there
+    assert not last[2:].any()
+    assert (first - seen[2, 0].cos()).abs().max() > 1e-6  # to the first one all others come back
+
+
 @pytest.mark.parametrize("norm", NORMS[1:])
 def test_padding_is_never_seen(norm):
     """NaN in it changes no output, no gradient and no statistic."""

@@ -53,6 +53,9 @@ class LSTM(Recurrent, nn.LSTM):
     >>> y.shape, h.shape, bool((y[9:, 2] == 0).all())
     (torch.Size([28, 4, 16]), torch.Size([1, 4, 16]), True)
 
+    ``lstm.on_state = function`` shows every output as it arises, ``function(place, step, h)``; ``h.retain_grad()``
+    there keeps the gradient that comes back to this time step by way of all later ones.
+
     The keys of torch's layer are the same; a checkpoint of torch's layer loads and leaves the norms as they are.
 
     When not to use it: batch norm where batches are small, or sequences so different in length that few samples reach

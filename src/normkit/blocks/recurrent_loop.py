@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,9 @@ class Recurrent(nn.RNNBase):
     """What the three share: the norms, and the loop over layers, directions and time steps."""
 
     norms: nn.ModuleDict | None
+    on_state: Callable[[int, int, Tensor], None] | None = None
+    """Is shown every output of every time step as it arises: ``(place, step, h)``, h of (n, outputs), before it goes on
+    to the next step; place counts directions within layers. A layer without norms runs the loop then, too."""
 
     def _set_norms(self, norm: NormName, placement: str, scale: float | None, where: dict[str, Any]) -> None:
         if placement not in PLACEMENTS:
@@ -80,7 +83,7 @@ class Recurrent(nn.RNNBase):
         if isinstance(input, PackedSequence):
             if lengths is not None or mask is not None:
                 raise ValueError(f"{name}: a packed sequence knows its lengths; leave lengths= and mask= out")
-            return self._plain(input, hx) if self.norms is None else self._packed(input, hx)
+            return self._packed(input, hx) if self._looping else self._plain(input, hx)
         if input.dim() not in (2, 3):
             raise ValueError(f"{name}: the input is {tuple(input.shape)}; it has 2 axes, or 3 with samples")
         time = 1 if self.batch_first and input.dim() == 3 else 0
@@ -88,9 +91,13 @@ class Recurrent(nn.RNNBase):
             raise ValueError(f"{name}: the mask is {tuple(mask.shape)}; for this input it is {tuple(input.shape[:-1])}")
         by_time = None if mask is None else mask.movedim(time, 0).reshape(input.shape[time], -1)
         known = lengths_of(name, lengths, by_time, input.shape[time])
-        if self.norms is None and known is None:
+        if known is None and not self._looping:
             return self._plain(input, hx)
         return self._tensor(input, hx, known)
+
+    @property
+    def _looping(self) -> bool:
+        return self.norms is not None or self.on_state is not None
 
     def _plain(self, input: Any, hx: Any) -> tuple[Any, Any]:
         """Without norms: torch's own, which is one operator."""
@@ -111,7 +118,7 @@ class Recurrent(nn.RNNBase):
         x = input.transpose(0, 1) if self.batch_first else input
         state = self._first(x, hx)
         self.check_forward_args(input, self._handed(state), None)
-        if self.norms is None:
+        if not self._looping:
             assert lengths is not None
             y, last = self._plain(pack_padded_sequence(x, lengths, enforce_sorted=False), self._handed(state))
             y, _ = pad_packed_sequence(y, total_length=x.shape[0])
@@ -160,18 +167,19 @@ class Recurrent(nn.RNNBase):
         self, x: Tensor, state: State, lengths: Tensor | None, place: int, *, backwards: bool
     ) -> tuple[Tensor, State]:
         """One layer in one direction: the input's part for all time steps at once, then a step after the other."""
-        assert self.norms is not None
         names = self._all_weights[place]
         weight = {name.rsplit("_l", 1)[0]: getattr(self, name) for name in names}
-        norms: Any = self.norms[names[0].removeprefix("weight_ih_")]
+        norms: Any = {} if self.norms is None else self.norms[names[0].removeprefix("weight_ih_")]
         if backwards:
             x = reversed_in_time(x, lengths)
         ends = Ends(x, lengths)
-        driven = norms["input"].all_steps(F.linear(x, weight["weight_ih"]), ends)
+        driven = F.linear(x, weight["weight_ih"])
+        if "input" in norms:
+            driven = norms["input"].all_steps(driven, ends)
         late = weight.get("bias_hh") if self.mode == "GRU" else None  # its reset gate multiplies what has this bias
         if self.bias:
             driven = driven + (weight["bias_ih"] if late is not None else weight["bias_ih"] + weight["bias_hh"])
-        y, state = self._steps(driven, state, ends, norms, weight, late)
+        y, state = self._steps(driven, state, ends, norms, weight, late, place)
         return (reversed_in_time(y, lengths) if backwards else y), state
 
     def _steps(
@@ -182,6 +190,7 @@ class Recurrent(nn.RNNBase):
         norms: Any,
         weight: dict[str, Tensor],
         late: Tensor | None,
+        place: int,
     ) -> tuple[Tensor, State]:
         step, project, outputs = STEPS[self.mode], weight.get("weight_hr"), []
         hidden, cell = (norms[part].by_step() if part in norms else None for part in ("hidden", "cell"))
@@ -194,6 +203,8 @@ class Recurrent(nn.RNNBase):
             new = step(drive, recurrent, state, lambda c: c if cell is None else cell(c, t, going))  # noqa: B023
             if project is not None:
                 new = (F.linear(new[0], project), *new[1:])
+            if self.on_state is not None:
+                self.on_state(place, t, new[0])
             if going is None:
                 state = new
                 outputs.append(state[0])

@@ -51,7 +51,9 @@ class StepNorm(nn.Module):
 
         In evaluation no step is later than the last one that training has reached, which is read here, once.
         """
-        reached = int((self.norm.statistics_state.batches > 0).sum()) if self.per_step and not self.training else None
+        reached = None
+        if self.per_step and not self.norm.training:  # the norm's own mode: a layer that trains may hold a frozen one
+            reached = int((self.norm.statistics_state.batches > 0).sum())
 
         def applied(x: Tensor, step: int, going: Tensor | None) -> Tensor:
             options: dict[str, Any] = {}

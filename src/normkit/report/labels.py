@@ -29,6 +29,7 @@ POLICIES = {
     "synchronized": "synchronised batch norm",
     "virtual": "virtual batch norm",
 }
+STATISTICS = {"shared": "shared statistics", "per_step": "statistics per step"}
 RESIDUALS = {
     "none": "without skips",
     "skipinit": "SkipInit",
@@ -81,6 +82,12 @@ def label(arm: str) -> str:
             words = _spectral(words, NETWORKS[value])
         elif key == "statistics" and value == "mixed":
             additions.append("real and generated samples in one batch")
+        elif key == "scale" and value:
+            words += f" at scale {value}"
+        elif key == "statistics" and value in STATISTICS:
+            additions.append(STATISTICS[value])
+        elif key == "where" and value == "input":
+            words += " on the input"
         elif key == "clip" and value:
             additions.append(f"adaptive clipping at {value}")
         elif key == "running" and value:

@@ -9,6 +9,10 @@ GENERATED = """
     arm and run. Modes covered and collapsed: as the description says. Loss variance: of the discriminator's loss over
     the steps of the second half of the run. Real against real: the metric of as many real samples of the training data
     against the test data, which no generator can be expected to beat."""
+BY_TIME_STEP = """
+    The derivative of the loss by the state h_t of the last recurrent layer, all samples of the batch together, by way
+    of the output and of all later states: its Euclidean norm, with the weights that the training step has left, on the
+    batch of that step, in training mode. Median of the seeds."""
 FOLDED = """
     After a final run a batch of validation samples, of the size of a training batch, goes through the network in
     evaluation: as training left it, and with its norms folded into the layers beside them (normkit.fold; PRepBN is
@@ -77,6 +81,8 @@ def methods(summary: dict[str, Any]) -> dict[str, str]:
     }
     if any(arm.get("measures") for point in summary["points"] for arm in point["arms"]):
         terms["What is generated"] = GENERATED
+    if any(arm.get("state_gradients") for point in summary["points"] for arm in point["arms"]):
+        terms["Gradient by time step"] = BY_TIME_STEP
     if any(arm.get("folding") for point in summary["points"] for arm in point["arms"]):
         terms["In evaluation, folded"] = FOLDED
     return {term: " ".join(text.split()) for term, text in terms.items()}

@@ -18,6 +18,7 @@ from normkit.report.plots.learning import learning_curves
 from normkit.report.plots.rates import sensitivity
 from normkit.report.plots.speed import speed_up
 from normkit.report.plots.sweep import over_the_knob
+from normkit.report.plots.time_steps import state_gradients
 from normkit.report.runs import runs
 from normkit.report.words import verdict
 
@@ -32,6 +33,11 @@ UNIT_NOTE = (
 GRADIENT_NOTE = (
     "Gradient norm of every weight matrix, median of the seeds: a line that falls or climbs by orders of magnitude "
     "means that some layers hardly learn."
+)
+STATE_NOTE = (
+    "Norm of the gradient of the loss by the state h of a recurrent network at each time step, on the batch of that "
+    "training step, median of the seeds: a line that falls towards the first time step means that little is learnt "
+    "from what was read early."
 )
 
 AT_TEST_NOTE = (
@@ -146,12 +152,15 @@ def _rates(summary: Summary) -> list[Block]:
 def _inside(summary: Summary) -> list[Block]:
     units = _per_point(summary, "unit", unit_percentiles)
     gradients = _per_point(summary, "gradient", gradient_norms)
+    by_time = _per_point(summary, "time-steps", state_gradients)
     extras = tables.extras(summary)
-    blocks: list[Block] = [_legend(summary)] if units or gradients else []
+    blocks: list[Block] = [_legend(summary)] if units or gradients or by_time else []
     if units:
         blocks += [Text(UNIT_NOTE, "note"), *units]
     if gradients:
         blocks += [Text(GRADIENT_NOTE, "note"), *gradients]
+    if by_time:
+        blocks += [Text(STATE_NOTE, "note"), *by_time]
     if extras:
         blocks.append(tables.table(summary, extras, "Medians of the final runs"))
     if by_norm := tables.variance_by_norm(summary):

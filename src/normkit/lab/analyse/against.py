@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from normkit.lab.analyse.intervals import paired_difference
+from normkit.lab.analyse.intervals import Finish, paired_difference, paired_ratio
 
 Runs = Mapping[tuple[str, int], Mapping[str, Any]]
 """By arm and seed."""
@@ -29,6 +29,14 @@ def against(other: str, runs: Runs, name: str, higher_is_better: bool) -> dict[s
     ]
     both = [(theirs, own) for theirs, own in pairs if theirs is not None and own is not None]
     found: dict[str, Any] = rounded(paired_difference([t for t, _ in both], [own for _, own in both], higher_is_better))
+    return found
+
+
+def race(other: str, runs: Runs, name: str, budget: int) -> dict[str, Any]:
+    """How many times fewer steps an arm takes to the target than the other, over the seeds that both have."""
+    seeds = [seed for arm, seed in runs if arm == name and (other, seed) in runs]
+    finish = lambda arm: [Finish(runs[arm, seed]["steps_to_target"], float(budget)) for seed in seeds]
+    found: dict[str, Any] = rounded(paired_ratio(finish(other), finish(name)))
     return found
 
 

@@ -6,7 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from normkit.lab.analyse.curves import gradient_norms, learning_curve, middle, unit_percentiles
+from normkit.lab.analyse.curves import (
+    gradient_norms,
+    learning_curve,
+    middle,
+    state_gradients,
+    unit_percentiles,
+)
 from normkit.lab.analyse.directory import as_number, number
 from normkit.lab.analyse.generated import measures, pictures
 from normkit.lab.analyse.intervals import Finish, mean_interval, median_finish, paired_difference, paired_ratio
@@ -62,6 +68,7 @@ def describe(
         "divergences": [_divergence(cell) for cell in ran if cell.state == "diverged"],
         "unit": unit_percentiles(ran, min(points, 200)),
         "gradient_norms": gradient_norms(ran),
+        **({"state_gradients": by_time} if (by_time := state_gradients(ran)) else {}),
     }
 
 

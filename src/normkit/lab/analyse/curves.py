@@ -81,6 +81,20 @@ def gradient_norms(cells: Sequence[Record]) -> dict[str, Any] | None:
     }
 
 
+def state_gradients(cells: Sequence[Record]) -> list[dict[str, Any]] | None:
+    """Gradient norm at every time step of a recurrent network, median over seeds, at each training step that has it."""
+    found: dict[int, list[list[float | None]]] = {}
+    for cell in cells:
+        for line in cell.status.get("state_gradients") or ():
+            found.setdefault(int(line["step"]), []).append([as_number(norm) for norm in line["norms"]])
+    if not found:
+        return None
+    return [
+        {"step": step, "norms": [middle(at_one) for at_one in zip(*rows, strict=True)]}
+        for step, rows in sorted(found.items())
+    ]
+
+
 def _per_layer(lines: Sequence[dict[str, Any]]) -> list[float | None]:
     layers = lines[0]["gradient_norms"]
     return [middle(as_number(line["gradient_norms"].get(layer)) for line in lines) for layer in layers]
