@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -266,13 +267,35 @@ class Conditioned(nn.Module):
         return self.norm(self.convolution(x), z)
 
 
-def test_freezing_stops_the_statistics_and_leaves_what_the_condition_learns():
+def test_freezing_stops_the_statistics_and_with_affine_what_the_condition_learns():
     model, x = Conditioned(), torch.randn(6, 3, 6, 6)
-    nk.freeze_(model)
+    learned = ("weight", "bias", "offsets.map.weight")
+    trains = lambda: [model.norm.get_parameter(name).requires_grad for name in learned]
+    statistics = nk.freeze_(model, affine=False)
     model.train()(x, CLASSES).sum().backward()
-    assert not model.norm.norm.running_mean.any()
-    assert model.norm.weight.requires_grad
+    assert (model.norm.norm.running_mean.any().item(), trains()) == (False, [True] * 3)
     assert model.norm.offsets.map.weight.grad is not None
+    certificate = nk.freeze_(model)
+    assert (trains(), model.norm.offsets.map.weight.grad) == ([False] * 3, None)
+    assert [(row.module, row.detail) for row in certificate.changed] == [("norm", ", ".join(learned))]
+    again = nk.freeze_(model)
+    assert not again.changed
+    certificate.undo()
+    assert trains() == [True] * 3
+    model.norm.bias.requires_grad = False
+    nk.freeze_(model)
+    model = pickle.loads(pickle.dumps(model))
+    nk.unfreeze_(model)
+    assert trains() == [True, False, True]
+    assert (statistics.operation, model.norm.norm.frozen) == ("freeze_", False)
+
+
+def test_freezing_a_part_leaves_the_others():
+    model = nn.ModuleDict({"a": nk.SPADE(4, 2, 3), "b": nk.SPADE(4, 2, 3), "c": nk.ConditionalInstanceNorm2d(4, 3)})
+    nk.freeze_(model, filter_fn=lambda module, name: name.startswith("a."))
+    assert {name for name, p in model.named_parameters() if not p.requires_grad} == {
+        f"a.{layer}.{own}" for layer in ("shared", "modulation") for own in ("weight", "bias")
+    }
 
 
 def test_converting_puts_another_norm_inside():

@@ -67,6 +67,12 @@ def _forgetful(load, places):
     return loaded
 
 
+@pytest.mark.slow
+def test_statistics_of_norms_that_were_folded_away_are_not_measured(tmp_path):
+    measured = run(cell("batch->frozen@50%->folded@60%"), tmp_path)
+    assert (measured["state"], measured["test_exact"], measured["test_batch"]) == ("done", None, None)
+
+
 def test_the_answer_says_what_the_strategy_did(tmp_path):
     result = compare(
         tiny(),

@@ -7,13 +7,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from normkit.blocks.modulation import Modulation, kept, over_space, scaled
+from normkit.blocks.modulation import Modulated, Modulation, kept, over_space, scaled
 from normkit.norm import along_channels
 from normkit.norms.batch_norm import BatchNorm1d, BatchNorm2d
 from normkit.norms.instance_norm import InstanceNorm2d
 
 
-class _Conditional(nn.Module):
+class _Conditional(Modulated):
     """A norm without weights, then ``(weight + scale(condition)) * x + bias + shift(condition)``."""
 
     kind: ClassVar[Any]
@@ -89,8 +89,8 @@ class ConditionalBatchNorm2d(_Conditional):
     >>> bool(torch.allclose(norm(x, classes), nk.BatchNorm2d(8)(x), atol=1e-6))
     True
 
-    :func:`normkit.freeze_` freezes the running statistics of the norm inside, which has no weights, and leaves
-    ``weight``, ``bias`` and the offsets training; :func:`normkit.convert_` puts another norm inside.
+    :func:`normkit.freeze_` freezes the running statistics of the norm inside, and with ``affine`` the ``weight``,
+    ``bias`` and offsets around it; :func:`normkit.convert_` puts another norm inside.
 
     When not to use it: where conditions change the statistics themselves, as different sources of data do: see
     :class:`normkit.statistics.PerDomain`; where most conditions have few samples, since a row learns from its own.

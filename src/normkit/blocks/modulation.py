@@ -75,6 +75,18 @@ class Modulation(nn.Module):
         return ""
 
 
+class Modulated(nn.Module):
+    """A norm without weights, ``norm``, and around it what learns scale and shift in the place of its weights."""
+
+    norm: Any
+    frozen_parameters: tuple[str, ...] = ()
+    """Those that trained until :func:`normkit.freeze_` stopped them, and will again."""
+
+    def learned(self) -> dict[str, nn.Parameter]:
+        """By name, what scale and shift are made of."""
+        return {name: parameter for name, parameter in self.named_parameters() if not name.startswith("norm.")}
+
+
 def over_space(vector: Tensor, x: Tensor) -> Tensor:
     """(n, c) as it broadcasts against x, (n, c, s...)."""
     return vector.reshape(*vector.shape, *[1] * (x.dim() - 2))

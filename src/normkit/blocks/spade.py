@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normkit.blocks.modulation import kept, scaled
+from normkit.blocks.modulation import Modulated, kept, scaled
 from normkit.create import Name, create
 
 
-class SPADE(nn.Module):
+class SPADE(Modulated):
     """Normalise without weights, then scale and shift every place by what two convolutions make of a layout.
 
     ``y = (1 + scale(m)) * normalised(x) + shift(m)``, ``scale`` and ``shift`` 3x3 convolutions of ``relu(conv3x3(m))``;

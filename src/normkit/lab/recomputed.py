@@ -30,11 +30,12 @@ def measure(model: nn.Module, experiment: Experiment, arm: Arm, data: Data, batc
     test_exact: the metric on test data with the statistics of the training set as one batch, so that each norm has the
     moments of just what reaches it. test_batch: with those of the test batch, of at least `batch_size` samples.
     """
-    norms = norms_of(model).values()
-    if not norms or not all(map(_goes_by_running_statistics, norms)):  # none: they were folded away
+    if not all(map(_goes_by_running_statistics, norms_of(model).values())):
         return dict.fromkeys(MEASURES)
     with untouched_generators():
         twin = _of_one_batch(model, experiment, arm)
+        if twin is None:
+            return dict.fromkeys(MEASURES)
         inputs, _ = data.train.first(MOST)
         ran: list[nn.Module] = []
         hooks = [norm.register_forward_hook(lambda norm, *_: ran.append(norm)) for norm in norms_of(twin).values()]
@@ -55,11 +56,16 @@ def _goes_by_running_statistics(norm: nn.Module) -> bool:
     )
 
 
-def _of_one_batch(model: nn.Module, experiment: Experiment, arm: Arm) -> nn.Module:
-    """The trained network with norms that go by one batch and by nothing before it, about to measure."""
+def _of_one_batch(model: nn.Module, experiment: Experiment, arm: Arm) -> nn.Module | None:
+    """The trained network with norms that go by one batch and by nothing before it, about to measure.
+
+    None where norms were folded away in training.
+    """
     averaging = any(isinstance(getattr(norm, "statistics", None), MovingAverage) for norm in norms_of(model).values())
     norm = "batch:moving_average:1" if averaging else "batch"
     twin, _ = build_model(experiment, replace(arm, norm=norm, processes=1), seed=0)
+    if norms_of(twin).keys() != norms_of(model).keys():
+        return None
     twin.load_state_dict(plain_state_dict(model))
     for layer in norms_of(twin).values():
         layer.reset_running_stats()  # type: ignore[operator]

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn, optim
 from torch.nn.utils import parametrize
 
+from normkit.blocks.modulation import Modulated
 from normkit.norms.batch_norm import SyncBatchNorm
 from normkit.statistics.buffers import RunningStatistics
 from normkit.surgery import preserve, recast
@@ -18,7 +19,6 @@ from normkit.vocabulary.certificate import Certificate
 from normkit.vocabulary.prescription import Prescription, Safety
 
 Filter = Callable[[nn.Module, str], bool]
-_LEARNED = ("weight", "bias")
 
 
 def freeze_(
@@ -34,8 +34,10 @@ def freeze_(
     """Freeze the layers that keep running statistics. In place; ``model.train()`` and pickling leave them frozen.
 
     With ``statistics`` a layer normalises by its running statistics in training as in evaluation, and they stay; with
-    ``affine`` its weight and bias stop training. A layer of torch becomes normkit's of the same name (the same object,
-    ``isinstance`` as before); the class of a normkit layer stays. Layers without running statistics are left alone.
+    ``affine`` its weight and bias stop training, and so does what makes scale and shift of a condition around it
+    (:class:`normkit.ConditionalBatchNorm2d`, :class:`normkit.SPADE`). A layer of torch becomes normkit's of the same
+    name (the same object, ``isinstance`` as before); the class of a normkit layer stays. Layers without running
+    statistics are left alone.
 
     Args:
         model: any module. A DistributedDataParallel wrapper is looked through, for ``affine=False``.
@@ -113,6 +115,12 @@ def plan(
     changed: set[int] = set()
     table = {**recast.twins(), nn.SyncBatchNorm: SyncBatchNorm}
     for name, module in inner.named_modules():
+        if isinstance(module, Modulated) and affine and _is_meant(module, name, filter_fn):
+            switch = Switch(module, None, _held(module, freeze))
+            if words := switch.words():
+                action = f"what scales {type(module.norm).__name__} {'frozen' if freeze else 'unfrozen'}"
+                intended.add(Prescription(action, name, "as was asked", "identical", ", ".join(words)), switch)
+                changed |= {id(parameter) for parameter in switch.switched()}
         if not isinstance(module, RunningStatistics) and not recast.looks_like_a_norm(module):
             continue
         if reason := _reason_to_skip(module, name, filter_fn, freeze):
@@ -150,6 +158,14 @@ def plan(
     return intended
 
 
+def _is_meant(module: Modulated, name: str, filter_fn: Filter | None) -> bool:
+    """It goes with the norm inside."""
+    inside = f"{name}.norm".lstrip(".")
+    return bool(getattr(module.norm, "track_running_stats", False)) and (
+        not filter_fn or filter_fn(module.norm, inside)
+    )
+
+
 def _reason_to_skip(module: Any, name: str, filter_fn: Filter | None, freeze: bool) -> str | None:
     if not getattr(module, "track_running_stats", False):
         return "keeps no running statistics; module.requires_grad_(False) freezes what it learns"
@@ -176,12 +192,20 @@ def _complain(intended: Plan) -> None:
 
 def _edit(module: Any, statistics: bool, affine: bool, freeze: bool) -> Switch:
     frozen, held = getattr(module, "frozen", False), getattr(module, "frozen_parameters", ())
-    if statistics:
-        frozen = freeze
-    if affine:
-        training = [n for n in _LEARNED if (p := module._parameters.get(n)) is not None and p.requires_grad]
-        held = tuple(name for name in _LEARNED if name in held or name in training) if freeze else ()
-    return Switch(module, frozen, held)
+    return Switch(module, freeze if statistics else frozen, _held(module, freeze) if affine else held)
+
+
+def _held(module: Any, freeze: bool) -> tuple[str, ...]:
+    """The parameters that are stopped: those that train, and those that were stopped before."""
+    before = getattr(module, "frozen_parameters", ())
+    return tuple(n for n, p in _learned(module).items() if n in before or p.requires_grad) if freeze else ()
+
+
+def _learned(module: Any) -> dict[str, Any]:
+    """By name, what a layer learns."""
+    if isinstance(module, Modulated):
+        return dict(module.learned())
+    return {name: p for name in ("weight", "bias") if (p := module._parameters.get(name)) is not None}
 
 
 @dataclass
@@ -192,7 +216,8 @@ class Switch:
     """
 
     layer: Any
-    frozen: bool
+    frozen: bool | None
+    """Whether it goes by its running statistics; ``None``: it has none of its own."""
     held: tuple[str, ...]
     before: dict[str, Any] = field(init=False, default_factory=dict)
     gradients: dict[str, tuple[bool, Tensor | None]] = field(init=False, default_factory=dict)
@@ -203,28 +228,31 @@ class Switch:
 
     def words(self) -> list[str]:
         """What changes, by name."""
-        moves = ["statistics"] if self.frozen != getattr(self.layer, "frozen", False) else []
+        now = getattr(self.layer, "frozen", False)
+        moves = ["statistics"] if self.frozen is not None and self.frozen != now else []
         return moves + [
             name for name, (parameter, trains) in self._target().items() if parameter.requires_grad != trains
         ]
 
     def _target(self) -> dict[str, tuple[Tensor, bool]]:
         released = [name for name in getattr(self.layer, "frozen_parameters", ()) if name not in self.held]
-        named = {name: self.layer._parameters.get(name) for name in _LEARNED}
         return {
             name: (parameter, name in released)
-            for name, parameter in named.items()
-            if parameter is not None and (name in self.held or name in released)
+            for name, parameter in _learned(self.layer).items()
+            if name in self.held or name in released
         }
 
     def apply(self) -> None:
-        self.before = {"frozen": self.layer.frozen, "frozen_parameters": self.layer.frozen_parameters}
+        after = {"frozen": self.frozen, "frozen_parameters": self.held}
+        if self.frozen is None:
+            del after["frozen"]
+        self.before = {name: getattr(self.layer, name) for name in after}
         for name, (parameter, trains) in self._target().items():
             self.gradients[name] = parameter.requires_grad, parameter.grad
             parameter.requires_grad = trains
             if not trains:
                 parameter.grad = None  # an optimizer would still move it by this, and by weight decay
-        self.layer.frozen, self.layer.frozen_parameters = self.frozen, self.held
+        vars(self.layer).update(after)
 
     def objections(self) -> list[str]:
         now = getattr(self.layer, "frozen", None), getattr(self.layer, "frozen_parameters", None)
@@ -232,7 +260,7 @@ class Switch:
 
     def revert(self) -> None:
         for name, (trains, gradient) in self.gradients.items():
-            parameter = self.layer._parameters[name]
+            parameter = _learned(self.layer)[name]
             parameter.requires_grad = trains
             parameter.grad = gradient
         vars(self.layer).update(self.before)

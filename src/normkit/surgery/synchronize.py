@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn, optim
@@ -14,6 +13,7 @@ from normkit.statistics.policy import Policy
 from normkit.statistics.synchronized import Synchronized
 from normkit.surgery import preserve, recast
 from normkit.surgery.operate import Plan, operate
+from normkit.surgery.set_statistics import SetPolicy
 from normkit.surgery.wrappers import unwrap
 from normkit.vocabulary.certificate import Certificate
 from normkit.vocabulary.prescription import Prescription
@@ -156,25 +156,6 @@ def unsync_plan(model: nn.Module, *, filter_fn: Filter | None = None) -> Plan:
     return intended
 
 
-@dataclass
-class SetPolicy:
-    """Give a normkit layer other statistics. An edit of :mod:`normkit.surgery.operate`."""
-
-    module: Any
-    policy: Policy
-    before: Policy = field(init=False)
-
-    def apply(self) -> None:
-        self.before = self.module.statistics
-        self.module.statistics = self.policy
-
-    def objections(self) -> list[str]:
-        return _objections(self.module, self.policy)
-
-    def revert(self) -> None:
-        self.module.statistics = self.before
-
-
 class Recast(recast.Recast):
     """Give a torch layer normkit's class and a policy."""
 
@@ -188,8 +169,4 @@ class Recast(recast.Recast):
         layer.statistics = self.policy
 
     def objections(self) -> list[str]:
-        return super().objections() or _objections(self.module, self.policy)
-
-
-def _objections(module: Any, policy: Policy) -> list[str]:
-    return [] if module.statistics is policy else ["its statistics have been changed since"]
+        return super().objections() or SetPolicy(self.module, self.policy).objections()
