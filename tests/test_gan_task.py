@@ -166,7 +166,7 @@ def test_pictures_show_what_is_there():
     assert tiled(torch.arange(16.0).view(16, 1, 1, 1).expand(16, 1, 2, 2)).equal(
         (torch.arange(16.0).view(4, 4) + 1).div(2).repeat_interleave(2, 0).repeat_interleave(2, 1)
     )
-    drawn = density(torch.tensor([[1.4, 1.4], [1.4, 1.4], [-1.4, 0.0], [math.nan, 0.0], [9.0, 9.0]]), side=4)
+    drawn = density(torch.tensor([[1.4, 1.4], [1.4, 1.4], [-1.4, 0.0], [math.nan, 0.0], [9.0, 9.0]]), side=4, reach=1.5)
     assert drawn.nonzero().tolist() == [[0, 3], [1, 0]]  # up is the first row
     assert max(moments(800)) == 800
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -172,8 +173,9 @@ def initialise_(model: nn.Module, generator: torch.Generator | None = None) -> N
     """
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
-            parametrized = nn.utils.parametrize.is_parametrized(layer, "weight")
-            weight = layer.parametrizations.weight.original if parametrized else layer.weight  # type: ignore[union-attr]
+            weight: Any = layer.weight
+            if nn.utils.parametrize.is_parametrized(layer, "weight"):
+                weight = layer.parametrizations.weight.original  # type: ignore[union-attr]
             nn.init.normal_(weight, std=0.02, generator=generator)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)

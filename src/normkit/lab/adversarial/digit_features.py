@@ -111,7 +111,7 @@ def write(path: Path = FILE) -> float:
     network = train()
     found = accuracy(network, digits(None)[0])
     weights = {name: tensor.numpy() for name, tensor in network.state_dict().items()}
-    np.savez(path, accuracy=np.float64(found), seed=SEED, steps=STEPS, **weights)  # type: ignore[arg-type]
+    np.savez(path, accuracy=np.float64(found), seed=SEED, steps=STEPS, **weights)
     return found
 
 

@@ -90,7 +90,7 @@ def generate(model: nn.Module, noise: Tensor) -> Tensor:
     return samples
 
 
-def density(samples: Tensor, side: int = 32, reach: float = 1.5) -> Tensor:
+def density(samples: Tensor, side: int = 32, *, reach: float) -> Tensor:
     """Points (n, 2) as a picture: how many lie in each cell of the square from -reach to reach, the root of it."""
     cells = ((samples / reach + 1) / 2 * side).nan_to_num(-1.0).clamp(-1, side).floor().long()
     inside = cells[((cells >= 0) & (cells < side)).all(1)]
