@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from torch import nn
 
 import normkit as nk
 from normkit import rules
+from normkit.diagnosis import experiments
+from normkit.lab.arm import parse_arm
 from normkit.rules import MENU, RULES
 from normkit.rules.judge import judge
 from normkit.vocabulary.evidence import Evidence
@@ -74,6 +77,10 @@ def test_what_is_prescribed_is_python(case: Case):
         for prescription in finding.prescriptions:
             compile(prescription.code, case.rule, "exec")
             assert prescription.reason
+            assert prescription.safety == "retrain" or not prescription.arms
+        for command in experiments(finding):
+            *_, arms = shlex.split(command)
+            assert len([parse_arm(arm) for arm in arms.split(",")]) == 2
 
 
 @pytest.mark.parametrize("case", CASES, ids=ids)

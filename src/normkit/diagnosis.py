@@ -377,8 +377,9 @@ def _lines(finding: Finding) -> list[str]:
 def experiments(finding: Finding) -> list[str]:
     """Commands that try an unsafe prescription before anything is decided: a comparison of paired runs."""
     kinds = [str(dict(p.options).get("to")) for p in finding.prescriptions if p.operation == "convert_"]
-    norms = [kind.replace("group:auto", "group:8") for kind in kinds]
-    return [f"normkit compare my_experiment.py:run --norms batch,{norm}" for norm in norms]
+    arms = [f"batch,{kind.replace('group:auto', 'group:8')}" for kind in kinds]
+    arms += [prescription.arms for prescription in finding.prescriptions if prescription.arms]
+    return [f"normkit compare my_experiment.py:run --arms {one}" for one in arms]
 
 
 def _number(value: float | str) -> str:

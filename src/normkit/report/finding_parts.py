@@ -40,6 +40,8 @@ def _part(index: int, finding: dict[str, Any], evidence: Evidence) -> Part:
     blocks += _sparkline(index, finding, evidence)
     for prescription in finding.get("prescriptions", ()):
         blocks += _prescription(prescription)
+    for command in finding.get("experiments", ()):
+        blocks += [Text("It changes what is computed. To try it first, on an experiment of yours:"), Code(command)]
     if finding.get("check"):
         blocks.append(Text(f"To check it: {finding['check']}", "note"))
     return Part(_capital(finding["claim"]), blocks, finding["severity"], f"finding-{index}")

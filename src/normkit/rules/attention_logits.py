@@ -38,6 +38,7 @@ def find(evidence: Evidence) -> Iterator[Finding]:
                 "retrain",
                 by_hand="query, key = nk.RMSNorm(head_width)(query), nk.RMSNorm(head_width)(key)  # before their "
                 "product",
+                arms="layer,layer+qk:rms",
             ),
         ),
         check="nk.diagnose(model, batch, select='attention_logits')",

@@ -38,6 +38,7 @@ def find(evidence: Evidence) -> Iterator[Finding]:
                 by_hand="torch.nn.Sequential(torch.nn.Linear(..., bias=False), nk.BatchNorm1d(width, "
                 "activation='relu'))"
                 "\n# and a smaller learning rate: units die in large steps",
+                arms="none,batch",
             ),
         ),
         check="nk.diagnose(model, batch, select='dead_activations')",

@@ -38,6 +38,7 @@ def find(evidence: Evidence) -> Iterator[Finding]:
                 "variances are then the same in both modes",
                 "retrain",
                 by_hand="torch.nn.Sequential(*layers_with_batch_norm, torch.nn.Dropout(p), torch.nn.Linear(...))",
+                arms="batch,batch+dropout:0.2",
             ),
             Prescription(
                 "running statistics are estimated without dropout",

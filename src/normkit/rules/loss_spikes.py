@@ -61,6 +61,7 @@ def _finding(severity: Severity, claim: str, measured: float, step: int | None) 
                 "one bad batch then moves the weights no further than others do",
                 "retrain",
                 by_hand="torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # or nk.clip_grad_adaptive_(model)",
+                arms="batch,batch+clip:0.02",
             ),
         ),
         "the curve of the next run",

@@ -42,6 +42,7 @@ def find(evidence: Evidence) -> Iterator[Finding]:
                 "retrain",
                 by_hand="torch.nn.Sequential(torch.nn.Conv2d(..., bias=False), nk.BatchNorm2d(width, "
                 "activation='relu'))",
+                arms="batch,batch+placement:after",
             ),
         ),
         check="nk.diagnose(model, batch, select='norm_after_activation')",

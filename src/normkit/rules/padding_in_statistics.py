@@ -39,6 +39,7 @@ def find(evidence: Evidence) -> Iterator[Finding]:
                 "retrain",
                 by_hand="y = norm(x, mask=lengths)  # nk.BatchNorm1d and the other pooled norms of normkit, "
                 "docs/masks.md",
+                arms="batch,layer",
             ),
         ),
         check="a sample gives the same alone and beside a longer one",

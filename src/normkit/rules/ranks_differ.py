@@ -44,6 +44,7 @@ def find(evidence: Evidence) -> Iterator[Finding]:
                 "statistics are then the same everywhere at every step",
                 "retrain",
                 operation="sync_",
+                arms="batch+processes:2,batch:synchronized+processes:2",
             ),
         ),
         check="nk.merge_statistics_(model) before every evaluation and every save",

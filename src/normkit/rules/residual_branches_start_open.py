@@ -37,6 +37,7 @@ def find(evidence: Evidence) -> Iterator[Finding]:
                 "retrain",
                 by_hand="for name in report.findings[0].modules:\n"
                 "    torch.nn.init.zeros_(model.get_submodule(name).weight)",
+                arms="batch,batch+zero_init:1",
             ),
         ),
         check="nk.diagnose(model, select='residual_branches_start_open')",

@@ -36,6 +36,7 @@ def find(evidence: Evidence) -> Iterator[Finding]:
                 "its input then has deviation 1",
                 "retrain",
                 by_hand="torch.nn.Sequential(torch.nn.Linear(..., bias=False), nk.BatchNorm1d(width), torch.nn.Tanh())",
+                arms="none,batch",
             ),
         ),
         check="nk.diagnose(model, batch, select='saturated_activations')",

@@ -42,6 +42,7 @@ def find(evidence: Evidence) -> Iterator[Finding]:
                 "retrain",
                 by_hand="nk.BatchNorm1d(width, statistics=nk.statistics.PerDomain(2))  # with nk.domain(0): around a "
                 "call\n# or PerStep(max_length) in a recurrent network",
+                arms="batch,batch+domains:2",
             ),
         ),
         check="nk.diagnose(model, batch, select='shared_norm')",

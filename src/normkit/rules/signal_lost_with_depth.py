@@ -51,6 +51,7 @@ def _finding(severity: Severity, claim: str, places: list[str], factor: float) -
                 "retrain",
                 by_hand="# layer: torch.nn.Linear(..., bias=False), nk.create('batch', width, dim=1), torch.nn.ReLU()\n"
                 "torch.nn.init.kaiming_normal_(layer.weight, nonlinearity='relu')  # without norms",
+                arms="none,batch",
             ),
         ),
         check="nk.diagnose(model, batch, select='signal_lost_with_depth')",

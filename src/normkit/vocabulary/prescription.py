@@ -37,6 +37,8 @@ class Prescription:
     """Its keyword arguments, as pairs: plain data."""
     by_hand: str = ""
     """Code for a person, where no operation does it."""
+    arms: str = ""
+    """Arms of ``normkit compare`` that try it before anything is decided, where arms can say it."""
 
     def __post_init__(self) -> None:
         if self.safety not in MEANING:
