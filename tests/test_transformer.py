@@ -233,6 +233,27 @@ def test_it_compiles_whole_exports_saves_and_loads(norm):
     assert torch.allclose(exported(x), plain(x), rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when Inductor is loaded
+@pytest.mark.parametrize("norm", ["batch", "rms"])
+def test_inductor_compiles_the_whole_block(norm):
+    torch._dynamo.reset()
+    layer = encoder(norm=norm, qk_norm="rms", ffn_norm=norm, placement="pre")
+    compiled = torch.compile(copy.deepcopy(layer), fullgraph=True, backend="inductor")
+    x = torch.randn(N, T, WIDTH).double()
+    upstream = torch.randn(x.shape).double()
+    for _ in range(2):
+        found = []
+        for run in (compiled, layer):
+            given = x.clone().requires_grad_()
+            y = run(given, src_key_padding_mask=PADDING, is_causal=True)
+            found.append([y, *torch.autograd.grad(y, [given, *run.parameters()], upstream)])
+        for mine, wanted in zip(*found, strict=True):
+            assert torch.allclose(mine, wanted, rtol=1e-8, atol=1e-10)
+    for (name, mine), wanted in zip(compiled.named_buffers(), layer.buffers(), strict=True):
+        assert torch.allclose(mine, wanted, rtol=1e-6), name
+
+
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # torch's RMS norm under autocast
 @pytest.mark.parametrize("norm", NORMS)
 def test_bfloat16_autocast_comes_near(norm):
