@@ -23,7 +23,7 @@ def answer(records: Sequence[Record]) -> list[str]:
         told.append(": ".join([kept, *([", ".join(late)] if late else [])]))
     fast = {r["op"] for r in _own(records) if r["implementation"] == BASELINE and r["fast_path"]}
     for r in ours:
-        if r["limit"] is None:
+        if not r["training"]:
             whose = "torch's fast path" if r["op"] in fast else "torch's layer"
             told.append(f"{r['op']} takes {n.factor(_times(r))}× the time of {whose}")
     return told
