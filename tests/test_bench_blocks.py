@@ -57,6 +57,18 @@ def test_gradients_of_all_parameters_are_compared():
     assert torch.allclose(truth.results()["gradients"], own.results()["gradients"], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize(("norm", "runs"), [("layer", {"torch": 1, "normkit": 0, blocks.SLOW_PATH: 0}), ("rms", {})])
+def test_only_torchs_layer_norm_takes_the_fast_path(monkeypatch, norm, runs):
+    peers, _ = blocks._peers(blocks.BLOCKS[f"TransformerEncoderLayer {norm} evaluation"], "cpu")
+    kernel, taken = torch._transformer_encoder_layer_fwd, []
+    monkeypatch.setattr(torch, "_transformer_encoder_layer_fwd", lambda *args: (taken.append(1), kernel(*args))[1])
+    for name, peer in peers.items():
+        taken.clear()
+        peer.forward()
+        assert len(taken) == runs.get(name, 0)
+        assert peer.fast_path == (len(taken) == 1)
+
+
 def test_blocks_are_asked_for_by_name_and_in_float32():
     names = lambda *ops: [task["block"] for task in plan.tasks("default", ops)]
     assert names("recurrent", "transformer_layer") == names("blocks") == list(blocks.BLOCKS)

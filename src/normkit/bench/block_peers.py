@@ -26,7 +26,7 @@ class Rows(nn.Module):
         return self.norm(x.flatten(0, -2)).view_as(x)
 
 
-def torchs_transformer(block: Any) -> nn.Module:
+def torchs_transformer(block: Any) -> Any:
     """torch's layer with the parameters of a block and torch's norm of the same kind in the place of its own.
 
     Where torch has none of that kind it is normkit's.
@@ -34,7 +34,7 @@ def torchs_transformer(block: Any) -> nn.Module:
     attention = block.self_attn
     sizes = (attention.embed_dim, attention.num_heads, block.linear1.out_features, block.dropout.p)
     kind = nn.TransformerDecoderLayer if hasattr(block, "multihead_attn") else nn.TransformerEncoderLayer
-    layer = kind(*sizes, block.activation, batch_first=attention.batch_first, norm_first=block.norm_first)
+    layer: Any = kind(*sizes, block.activation, batch_first=attention.batch_first, norm_first=block.norm_first)
     for name, module in block.named_children():
         if name.startswith("norm"):
             setattr(layer, name, _torchs_norm(module))
