@@ -159,7 +159,7 @@ def test_the_examples_in_docstrings_print_what_they_show(name):
 
 
 def test_the_search_for_examples_finds_those_of_the_front_page():
-    assert {"normkit", "normkit.create", "normkit.dispatch", "normkit.layout"} <= set(modules())
+    assert {"normkit", "normkit.create", "normkit.explanation", "normkit.layout"} <= set(modules())
 
 
 @pytest.mark.parametrize("name", REGISTRY)

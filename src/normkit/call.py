@@ -25,7 +25,8 @@ class Call:
     bias: Tensor | None
     by_torch: Callable[[], Tensor]
     """The norm by torch's own operators, without the epilogue; it moves the running statistics in place."""
-    eps: float = 0.0
+    eps: Any = 0.0
+    """A number; where it is learned a tensor, and torch's operators compute (:attr:`composite`)."""
     over: str | None = None
     """The pattern, where it differs from the spec's (channels-first layer norm)."""
     groups: int = 1

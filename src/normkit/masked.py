@@ -30,7 +30,7 @@ def divides(call: Call, mask: Tensor) -> bool:
     if not call.batch_statistics or not _fits(call, weighted):
         return False
     keep = _opened(mask, call, weighted)
-    return call.running_mean is not None or call.eps <= 0 or any(keep.shape[axis] != 1 for axis in pooled)
+    return call.running_mean is not None or any(keep.shape[axis] != 1 for axis in pooled) or bool(call.eps <= 0)
 
 
 def normalised(call: Call) -> Tensor:

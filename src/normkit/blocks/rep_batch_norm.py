@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from normkit.dispatch import may_be_read
 from normkit.norms.batch_norm import BatchNorm1d
 from normkit.norms.layer_norm import LayerNorm
+from normkit.norms.rms_norm import RMSNorm
 from normkit.statistics.recomputing import recomputing
 
 
@@ -109,7 +110,7 @@ class ProgressiveRepBatchNorm(nn.Module):
             raise ValueError(f"ProgressiveRepBatchNorm: steps={steps}, warmup={warmup}; give 1 or more, and 0 or more")
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.steps, self.warmup = steps, warmup
-        self.layer = LayerNorm(num_features, eps, **where)
+        self.layer: LayerNorm | RMSNorm = LayerNorm(num_features, eps, **where)
         self.rep = RepBatchNorm(num_features, eps, momentum, **where)
 
     @property

@@ -33,6 +33,7 @@ def filter_response_norm(
     bias: Tensor | None = None,
     eps: float = 1e-6,
     *,
+    learned_eps: Tensor | None = None,
     activation: Activation = None,
     residual: Tensor | None = None,
     mask: Tensor | None = None,
@@ -43,11 +44,14 @@ def filter_response_norm(
 
     ``y = activation(x / sqrt(mean(x²) + eps) * weight + bias + residual)``.
 
+    Where ``learned_eps`` is given, epsilon is ``|eps| + |learned_eps|``.
+
     Args:
         x: (n, c, s...).
         weight: (c,), or ``None`` for 1.
         bias: (c,), or ``None`` for 0.
         eps: added to the mean square.
+        learned_eps: (1,), a parameter, for maps of few pixels; ``None``: epsilon is ``eps``.
         activation: ``"relu"``, ``"leaky_relu"``, ``"silu"``, ``"gelu"``, a callable, or ``None``.
         residual: (n, c, s...), added after the affine step and before the activation.
         mask: of bool, True where a value counts: (n, s...), or any shape with as many axes as x that broadcasts to it.
@@ -78,10 +82,14 @@ def filter_response_norm(
     if mask is not None or lengths is not None:
         x, residual, mask = blanked(SPEC.name, SPEC.over, x, residual, mask, lengths)
 
+    total: float | Tensor = eps
+    if learned_eps is not None:
+        total = abs(eps) + learned_eps.abs().to(torch.promote_types(learned_eps.dtype, torch.float32))
+
     def by_torch() -> Tensor:
         wide, *parameters = widened(x, weight, bias)
         space = tuple(range(2, x.dim()))
-        return affine(wide * torch.rsqrt(wide.square().mean(space, keepdim=True) + eps), *parameters).to(x.dtype)
+        return affine(wide * torch.rsqrt(wide.square().mean(space, keepdim=True) + total), *parameters).to(x.dtype)
 
     return normalize(
         SPEC,
@@ -89,7 +97,8 @@ def filter_response_norm(
         weight,
         bias,
         by_torch=by_torch,
-        eps=eps,
+        eps=total,
+        composite=learned_eps is not None,  # kernels give no derivative by epsilon
         residual=residual,
         activation=activation,
         backend=backend,
@@ -139,20 +148,25 @@ class FilterResponseNorm(Norm, nn.Module, spec=SPEC):
 
     ``y = activation(x / sqrt(mean(x²) + eps) * weight + bias + residual)``.
 
+    Where epsilon is learned, it is ``|eps| + |learned_eps|``.
+
     Args:
         num_features: channels.
-        eps: added to the mean square; the paper learns it where maps have one pixel, which this layer does not.
+        eps: added to the mean square.
         affine: learn ``weight`` and ``bias``, both (c,).
         device: of the parameters.
         dtype: of the parameters.
         activation: ``"tlu"`` for the :class:`ThresholdedLinearUnit` of the paper, another name, a module or its class,
             or ``None``; a child module of the layer. ``normkit.create("frn:tlu", 64)`` is short for it.
         backend: see :func:`normkit.backend`.
+        learned_eps: where a learned part of epsilon starts, for maps of one pixel or few (the paper: 1e-4): one number
+            for the layer, (1,), under the key ``learned_eps``; torch's operators compute. ``None``: epsilon is fixed.
 
     Shapes: input, ``residual`` and output (n, c, s...). ``forward(input, *, residual=None, mask=None, lengths=None)``.
 
     Raises:
-        ValueError: an input without spatial axes; a residual of another shape; an unknown activation or backend.
+        ValueError: an input without spatial axes; a residual of another shape; an unknown activation or backend; a
+            ``learned_eps`` that is not above 0.
 
     >>> import torch, normkit as nk
     >>> frn = nk.FilterResponseNorm(3, activation="tlu")
@@ -160,8 +174,14 @@ class FilterResponseNorm(Norm, nn.Module, spec=SPEC):
     >>> bool(y.min() >= 0), [name for name, _ in frn.named_parameters()]
     (True, ['weight', 'bias', 'activation.tau'])
 
-    When not to use it: maps of one pixel, of which only the sign remains; a ReLU behind it in the place of the TLU,
-    where channels that are negative throughout are lost, because nothing centres them.
+    >>> x = torch.tensor([[[0.003]], [[0.03]]])  # maps of one pixel
+    >>> nk.FilterResponseNorm(1)(x).flatten().tolist()[0] > 0.9  # only the sign remains
+    True
+    >>> nk.FilterResponseNorm(1, learned_eps=1e-2)(x).flatten().tolist()[0] < 0.1  # with a greater epsilon, the size
+    True
+
+    When not to use it: maps of one pixel, without ``learned_eps``: only the sign remains of them; a ReLU behind it in
+    the place of the TLU, where channels that are negative throughout are lost, because nothing centres them.
 
     Source: Singh & Krishnan 2019, arXiv:1911.09737.
     """
@@ -176,19 +196,32 @@ class FilterResponseNorm(Norm, nn.Module, spec=SPEC):
         *,
         activation: Activation | type[nn.Module] = None,
         backend: str | None = None,
+        learned_eps: float | None = None,
     ) -> None:
         super().__init__()
+        if learned_eps is not None and not learned_eps > 0:
+            raise ValueError(f"FilterResponseNorm: learned_eps={learned_eps}; start it above 0, as 1e-4, or give None")
         self.num_features = num_features
         self.eps = eps
         self.affine = affine
+        self.eps_start = learned_eps
         for name in ("weight", "bias"):
             self.register_parameter(
                 name, nn.Parameter(torch.empty(num_features, device=device, dtype=dtype)) if affine else None
             )
+        self.register_parameter(
+            "learned_eps", None if learned_eps is None else nn.Parameter(torch.empty(1, device=device, dtype=dtype))
+        )
         self.reset_parameters()
         if activation == "tlu":
             activation = ThresholdedLinearUnit(num_features, device, dtype)
         self._set_options(activation, backend)
+
+    def reset_parameters(self) -> None:
+        """Weight 1, bias 0, the learned part of epsilon as at the start."""
+        super().reset_parameters()
+        if self.learned_eps is not None and self.eps_start is not None:
+            nn.init.constant_(self.learned_eps, self.eps_start)
 
     def forward(
         self,
@@ -207,6 +240,7 @@ class FilterResponseNorm(Norm, nn.Module, spec=SPEC):
             self.weight,
             self.bias,
             self.eps,
+            learned_eps=self.learned_eps,
             activation=self.activation,
             residual=residual,
             mask=mask,
@@ -216,7 +250,9 @@ class FilterResponseNorm(Norm, nn.Module, spec=SPEC):
 
     weight: Tensor | None
     bias: Tensor | None
+    learned_eps: Tensor | None
 
     def _extra_options(self) -> list[str]:
         own: list[Any] = [self.num_features, f"eps={self.eps}", f"affine={self.affine}"]
+        own += [] if self.eps_start is None else [f"learned_eps={self.eps_start}"]
         return [*map(str, own), *super()._extra_options()]

@@ -101,8 +101,8 @@ def settle_(
         TypeError: a wrapper that holds on to the parameters.
 
     >>> import normkit as nk
-    >>> print(nk.settle_(nk.blocks.ProgressiveRepBatchNorm(8, steps=4)))
-    settle_: nothing changed; 1 refused.
+    >>> print(nk.settle_(nk.blocks.ProgressiveRepBatchNorm(8, steps=4)).verdict)
+    settle_: nothing was changed; 1 refused.
     """
     intended = settle_plan(model, early=early, filter_fn=filter_fn, optimizer=optimizer)
     return operate(intended, example_inputs=example_inputs, dry_run=dry_run)
