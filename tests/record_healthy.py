@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from torch.utils import _pytree as pytree
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import healthy_models
 import hosted_models
 import normkit as nk
+from normkit.measure import measure
 from normkit.rules import (
     attention_logits,
     constant_channels,
@@ -21,6 +24,7 @@ from normkit.rules import (
     dropout_before_norm,
     few_values_per_channel,
     gradients_explode,
+    imprecise_arithmetic,
     padding_in_statistics,
     pruned_channels,
     saturated_activations,
@@ -29,6 +33,7 @@ from normkit.rules import (
     train_eval_gap,
 )
 from normkit.vocabulary.evidence import Evidence
+from normkit.vocabulary.reading import Reading
 from normkit.vocabulary.record import write_json
 
 RECORD = Path(__file__).parent.parent / "records" / "doctor" / "healthy.json"
@@ -46,6 +51,7 @@ LIMITED = {
     "call_gap": shared_norm.GAP,
     "dropout_variance_shift": dropout_before_norm.SHIFT,
     "padding_share": padding_in_statistics.SHARE,
+    "arithmetic_error": imprecise_arithmetic.LIMIT,
 }
 """Quantities with a threshold, and the threshold."""
 Made = Callable[[], healthy_models.Patient]
@@ -60,6 +66,13 @@ def everyone() -> Iterator[tuple[str, Made]]:
         yield f"transformers {name}", lambda name=name: healthy_models.hosted(name)
 
 
+def in_bfloat16(patient: healthy_models.Patient) -> list[Reading]:
+    """The arithmetic of the norms of the same model, cast as a whole."""
+    narrow = lambda leaf: leaf.bfloat16() if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
+    model, batch = copy.deepcopy(patient.model).bfloat16(), pytree.tree_map(narrow, patient.batch)
+    return measure(model, batch, quantities=["arithmetic_error"])
+
+
 def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -72,7 +85,7 @@ def main() -> None:
         rows.append(
             {"model": name, **found.counts, "warned": [f.rule for f in found.findings if f.severity == "warning"]}
         )
-        evidence = Evidence(found.readings)
+        evidence = Evidence([*found.readings, *in_bfloat16(patient)])
         for quantity in LIMITED:
             constant = {name for name, frozen in evidence.numbers("frozen") if frozen}
             values = [value for module, value in evidence.numbers(quantity) if module not in constant]

@@ -62,7 +62,7 @@ def _become_a_layer(model: fx.GraphModule, node: fx.Node) -> None:
     if given is None:
         return
     owned = {key: arg for key, arg in given.kwargs.items() if isinstance(arg, fx.Node) and arg.op == "get_attr"}
-    tensors = {key: attrgetter(arg.target)(model) for key, arg in owned.items()}
+    tensors = {key: attrgetter(str(arg.target))(model) for key, arg in owned.items()}
     x = given.kwargs.get("input", given.kwargs.get("self"))
     if not isinstance(x, fx.Node):
         return
@@ -135,7 +135,9 @@ def _group_norm(given: Given, tensors: dict[str, Tensor], x: Tensor) -> nn.Modul
 
 def _linear(given: Given, tensors: dict[str, Tensor], x: Tensor) -> nn.Module | None:
     weight = tensors.get("weight")
-    return None if weight is None else nn.Linear(*reversed(weight.shape), bias="bias" in tensors, device="meta")
+    if weight is None:
+        return None
+    return nn.Linear(weight.shape[1], weight.shape[0], bias="bias" in tensors, device="meta")
 
 
 def _convolution(cls: Any) -> Make:
