@@ -11,7 +11,7 @@ from torch import nn
 
 import normkit as nk
 from normkit import rules
-from normkit.diagnosis import experiments
+from normkit.finding_words import experiments
 from normkit.lab.arm import parse_arm
 from normkit.rules import MENU, RULES
 from normkit.rules.judge import judge

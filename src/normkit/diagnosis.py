@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import normkit
+from normkit.finding_words import glossary, lines, plain, several
 from normkit.integrations.exported_program import layered
 from normkit.measure import QUANTITIES, Collection, packed
 from normkit.measure.collect import numbers
@@ -51,7 +52,6 @@ _ALLOWED: dict[Safety, tuple[Safety, ...]] = {
     "retrain": ("identical", "train_identical", "eval_identical", "retrain"),
 }
 _TOO_FEW = "more than 1 value per channel"  # torch's words
-_MODULES = 4  # names of places in one line of repr
 
 
 class DiagnosisError(RuntimeError):
@@ -127,7 +127,7 @@ class Diagnosis:
     @property
     def verdict(self) -> str:
         """The whole in one sentence."""
-        told = [_several(number, word) for word, number in self.counts.items() if number]
+        told = [several(number, word) for word, number in self.counts.items() if number]
         if not told:
             return f"nothing wrong was found{self._unasked}"
         worst = self.findings[0]
@@ -135,7 +135,7 @@ class Diagnosis:
 
     @property
     def _unasked(self) -> str:
-        return f"; {_several(len(self.not_asked), 'rule')} had nothing to go by" if self.not_asked else ""
+        return f"; {several(len(self.not_asked), 'rule')} had nothing to go by" if self.not_asked else ""
 
     def raise_if(self, severity: Severity = "error") -> None:
         """Raise where something is at least this severe: the line for a test or a training script.
@@ -153,9 +153,7 @@ class Diagnosis:
             raise DiagnosisError(self, repr(self))
 
     def __repr__(self) -> str:
-        return "\n".join(
-            [self.verdict, *(line for finding in self.findings for line in _lines(finding)), *self._rest()]
-        )
+        return "\n".join([self.verdict, *(line for finding in self.findings for line in lines(finding)), *self._rest()])
 
     def _rest(self) -> list[str]:
         done = [f"  done: {certificate.verdict}" for certificate in self.certificates]
@@ -174,7 +172,7 @@ class Diagnosis:
                 "verdict": self.verdict,
                 "counts": self.counts,
                 "model": dict(self.model),
-                "findings": [_plain(finding) for finding in self.findings],
+                "findings": [plain(finding) for finding in self.findings],
                 "readings": [asdict(reading) for reading in self.readings],
                 "quantities": glossary({reading.quantity for reading in self.readings}),
                 "not_asked": dict(self.not_asked),
@@ -337,50 +335,3 @@ def _inputs(subject: Subject) -> Any:
         return None
     args, kwargs = arguments(subject.model, subject.batch)
     return args or kwargs
-
-
-def glossary(names: Iterable[str]) -> dict[str, dict[str, str]]:
-    """What these quantities are, as their own records say it; of what a loop has logged, nothing is known."""
-    from normkit.watching.quantities import ALL
-
-    fields = ("means", "formula", "unit", "paper", "per")
-    return {name: {field: getattr(ALL[name], field) for field in fields} for name in sorted(names) if name in ALL}
-
-
-def _several(number: int, word: str) -> str:
-    return f"{number} {word}{'' if number == 1 else 's'}"
-
-
-def _plain(finding: Finding) -> dict[str, Any]:
-    plain = asdict(finding) | {"experiments": experiments(finding)}
-    for data, prescription in zip(plain["prescriptions"], finding.prescriptions, strict=True):
-        data["code"] = prescription.code
-    return plain
-
-
-def _lines(finding: Finding) -> list[str]:
-    more = len(finding.modules) - _MODULES
-    where = ", ".join(name or "(the model)" for name in finding.modules[:_MODULES]) + (f" and {more} more" * (more > 0))
-    measured = "" if finding.measured is None else f"{finding.quantity} = {_number(finding.measured)}"
-    limit = "" if finding.threshold in (None, "") else f", limit {_number(finding.threshold)}"
-    source = f" ({finding.source})" if finding.source else ""
-    lines = [f"  {finding.severity:<7} {finding.rule}: {finding.claim}"]
-    lines += [f"          where: {where}"] if where else []
-    lines += [f"          measured: {measured}{limit}{source}"] if measured else []
-    for prescription in finding.prescriptions[:2]:
-        first, *others = prescription.code.splitlines() or [prescription.action]
-        lines += [f"          do [{prescription.safety}]: {first}", *(f"              {line}" for line in others)]
-    lines += [f"          try: {command}" for command in experiments(finding)]
-    return [*lines, *([f"          then: {finding.check}"] if finding.check else [])]
-
-
-def experiments(finding: Finding) -> list[str]:
-    """Commands that try an unsafe prescription before anything is decided: a comparison of paired runs."""
-    kinds = [str(dict(p.options).get("to")) for p in finding.prescriptions if p.operation == "convert_"]
-    arms = [f"batch,{kind.replace('group:auto', 'group:8')}" for kind in kinds]
-    arms += [prescription.arms for prescription in finding.prescriptions if prescription.arms]
-    return [f"normkit compare my_experiment.py:run --arms {one}" for one in arms]
-
-
-def _number(value: float | str) -> str:
-    return value if isinstance(value, str) else f"{value:.4g}"
