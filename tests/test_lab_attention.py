@@ -12,6 +12,7 @@ from normkit.lab import LabError, folded
 from normkit.lab.arm import parse_arm, parse_arms
 from normkit.lab.build import build_model, check_arms
 from normkit.lab.cell import Cell
+from normkit.lab.initial import weights_of
 from normkit.lab.load import Source
 from normkit.lab.norm_layer import NormLayer, norms_of
 from normkit.lab.shares import in_steps
@@ -56,7 +57,15 @@ def test_an_arm_has_the_norms_that_it_names_and_starts_as_the_others(task, arm):
     plain = built(task, "none")[1]
     for name, weight in plain.named_parameters():
         assert weight.equal(model.get_parameter(name)), name
-    assert plain.get_parameter(next(n for n, _ in plain.named_parameters() if "in_proj_weight" in n)).std() > 0.1
+
+
+def test_the_weights_of_attention_are_drawn_and_scaled_as_those_of_other_layers():
+    experiment, plain = built("text", "none")
+    weights = {name.rpartition(".")[2]: weight for name, weight in weights_of(plain)}
+    assert {*weights} == {"in_proj_weight", "weight"}
+    assert float(built("text", "none", width=64)[1][1].layers[0].self_attn.in_proj_bias.detach().abs().max()) == 0
+    twice = build_model(experiment, parse_arm("none+init:2"), 0)[0]
+    assert torch.equal(twice[1].layers[0].self_attn.in_proj_weight, 2 * weights["in_proj_weight"])
 
 
 def test_the_default_arms_can_be_built():
@@ -181,7 +190,10 @@ def arm(name: str, diverged: int = 0, searched: int = 0, high: float = 0.01, **e
         "bound_hit": None,
         "test": {"mean": 3.2, "low": 3.1, "high": 3.3, "n": 5},
         "runs": {"finished": 5, "diverged": diverged, "reached": 5 - diverged},
-        "search": [{"lr": 0.003, "seeds": 2, "diverged": 0}, {"lr": 1.0, "seeds": 2, "diverged": searched}],
+        "search": [
+            {"lr": 0.003, "seeds": 2, "reached": 2, "diverged": 0},
+            {"lr": 1.0, "seeds": 2, "reached": 0, "diverged": searched},
+        ],
         "usable_rates": RANGE | {"high": high, "decades": decades},
         "stable_rates": RANGE,
         "ms_per_step": 8.0,
@@ -204,7 +216,7 @@ def test_the_answers_say_what_the_record_says():
     )
     answers = "\n".join(attention.answers(record, {"batch": {"progressive:50%:10%": GAP}}))
     assert "**Naive batch norm crashes** at its best rate: 2 of 5 final runs diverge" in answers
-    assert "1 of 4 runs diverge, with layer norm 0 of 4" in answers
+    assert "1 of 4 runs diverge and 2 of 4 reach the target, with layer norm 0 of 4 and 2 of 4." in answers
     assert "−0.100 [−0.200, −0.050] (better) against naive batch norm." in answers
     assert "`layer+qk:rms` the norm on queries and keys widens** the range of usable rates" in answers
     assert "2.0 times as fast, with an error of 3e-07" in answers
@@ -213,7 +225,7 @@ def test_the_answers_say_what_the_record_says():
     assert "queries and keys does not change** the range" in calm
     rows = attention.rates(record).rows
     assert [row[0] for row in rows] == ["`layer`", "`layer+qk:rms`", "`batch`", "`progressive:50%:10%`"]
-    assert attention.results(record, {}).rows[2][-2:] == ["2 of 5", "1 of 4"]
+    assert attention.results(record, {}).rows[2][-4:] == ["3 of 5", "2 of 5", "2 of 4", "1 of 4"]
     assert attention.folding(record).rows[3] == ["`progressive:50%:10%`", "8.00", "2.00", "1.00 (2.0×)", "3e-07"]
 
 

@@ -20,9 +20,10 @@ Gaps = Mapping[str, Mapping[str, Mapping[str, Any]]]
 
 
 def results(summary: Mapping[str, Any], gaps: Gaps) -> Table:
-    """Every arm: the test metric, the difference to layer norm, and what diverges at its best rate and at all rates."""
+    """Every arm: the test metric, the difference to layer norm, what arrives and what diverges, final and searched."""
     about = summary["experiment"]["metric"]
-    header = ["", "rate", f"test {about['name']}", "difference", "reach target", "diverge", "diverge in the search"]
+    header = ["", "rate", f"test {about['name']}", "difference", "reach target", "diverge"]
+    header += [f"in the search: {word}" for word in header[-2:]]
     rows = []
     for arm in _arms(summary):
         gap = gaps.get(LAYER, {}).get(arm["name"])
@@ -34,7 +35,8 @@ def results(summary: Mapping[str, Any], gaps: Gaps) -> Table:
                 n.NOTHING if gap is None else n.difference(dict(gap), about),
                 f"{arm['runs']['reached']} of {arm['runs']['finished']}",
                 f"{arm['runs']['diverged']} of {arm['runs']['finished']}",
-                _crashes(arm),
+                _of_the_search(arm, "reached"),
+                _of_the_search(arm, "diverged"),
             ]
         )
     return Table(header, rows, numeric=frozenset(range(1, len(header))))
@@ -72,9 +74,12 @@ def _crash(summary: Mapping[str, Any]) -> Iterator[str]:
     naive, usual = arms[NAIVE], arms[LAYER]
     lost, finished = naive["runs"]["diverged"], naive["runs"]["finished"]
     verb = "crashes" if lost else "does not crash"
+    ends = ("diverged", "reached")
+    naive_ends, usual_ends = ([_of_the_search(arm, end) for end in ends] for arm in (naive, usual))
     yield (
         f"**Naive batch norm {verb}** at its best rate: {lost} of {finished} final runs diverge. Over all rates of the "
-        f"search {_crashes(naive)} runs diverge, with layer norm {_crashes(usual)}"
+        f"search {naive_ends[0]} runs diverge and {naive_ends[1]} reach the target, with layer norm {usual_ends[0]} "
+        f"and {usual_ends[1]}"
     )
 
 
@@ -92,7 +97,8 @@ def _mended(summary: Mapping[str, Any], gaps: Gaps) -> Iterator[str]:
         runs = arm["runs"]
         yield (
             f"**{sentence(label(name)).rstrip('.')}**: {runs['diverged']} of {runs['finished']} final runs and "
-            f"{_crashes(arm)} runs of the search diverge; test {about['name']} {' and '.join(against)}"
+            f"{_of_the_search(arm, 'diverged')} runs of the search diverge, {_of_the_search(arm, 'reached')} reach the "
+            f"target; test {about['name']} {' and '.join(against)}"
         )
 
 
@@ -130,9 +136,9 @@ def _arms(summary: Mapping[str, Any]) -> list[Arm]:
     return list(summary["points"][0]["arms"])
 
 
-def _crashes(arm: Arm) -> str:
-    """How many runs of the search diverge, over all rates."""
-    return f"{sum(row['diverged'] for row in arm['search'])} of {sum(row['seeds'] for row in arm['search'])}"
+def _of_the_search(arm: Arm, end: str) -> str:
+    """How many runs of the search come to this end, over all rates: every arm has the same."""
+    return f"{sum(row[end] for row in arm['search'])} of {sum(row['seeds'] for row in arm['search'])}"
 
 
 def _difference(gap: Mapping[str, Any], about: Mapping[str, Any]) -> str:

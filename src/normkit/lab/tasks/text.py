@@ -16,7 +16,7 @@ from normkit.lab.tasks.tokens import ARMS, Shape, initial_weights, transformers
 
 # Fixed by a pilot before any comparison (1 seed; layer, naive batch, FFN-BN, PowerNorm and PRepBN at 0.003 to 1): to
 # know how often each character occurs is worth 4.5 bits, where every arm stays at a rate that is too great; 4.2 bits
-# take 70 to 150 steps at a rate that is not, and are in reach of a quick look.
+# take 50 to 150 steps at a rate that is not, and are in reach of a quick look.
 TARGET = 4.2
 # 40 blocks of 8 windows are held out: 64 windows for validation (an evaluation must stay cheap), 256 for testing.
 BLOCK, HELD_OUT, HELD_PER_VALIDATION = 8, 40, 5
@@ -70,7 +70,7 @@ def text(depth: int = 2, width: int = 64, context: int = 64, heads: int = 4) -> 
         optimizer="adamw",
         rates=ADAM_RATES,
         steps=250,
-        quick_steps=100,
+        quick_steps=80,
         eval_every=10,
         batch_size=8,
         initial=initial_weights,
