@@ -257,5 +257,5 @@ def test_a_comparison_has_the_pictures_and_the_docs_have_its_answers(tmp_path):
     ]  # fmt: skip
     helps, spectral = adversarial.sentences(summary, gaps)
     assert helps.startswith("**In which of the two networks does batch norm help?** Batch norm in the generator is ")
-    assert "collapsed 2 of 2 rather than 2 of 2 runs" in helps
+    assert "; 2 of 2 runs collapse)" in helps
     assert spectral.count("Spectral norm in the discriminator is ") == 2

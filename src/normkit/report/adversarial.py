@@ -85,8 +85,8 @@ def _clause(summary: Summary, pair: Pair, gap: Mapping[str, Any]) -> str:
     first, second = (label(name) for name in pair)
     if gap["verdict"] not in VERDICTS:
         return f"{first} and {second} have no pair of runs to compare"
-    collapsed = [_collapsed(summary, name) for name in pair]
-    runs = f"; collapsed {' rather than '.join(collapsed)} runs" if None not in collapsed else ""  # type: ignore[arg-type]
+    own, other = (_collapsed(summary, name) for name in pair)
+    runs = "" if own is None or other is None else f"; {own} runs collapse{'' if own == other else f', not {other}'}"
     return f"{first} {VERDICTS[gap['verdict']]} {second} ({about['name']} {n.difference(dict(gap), about)}{runs})"
 
 

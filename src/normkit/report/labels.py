@@ -81,7 +81,7 @@ def label(arm: str) -> str:
         elif key == "spectral" and value in NETWORKS:
             words = _spectral(words, NETWORKS[value])
         elif key == "statistics" and value == "mixed":
-            additions.append("real and generated samples in one batch")
+            additions.append("mixed statistics")
         elif key == "scale" and value:
             words += f" at scale {value}"
         elif key == "statistics" and value in STATISTICS:

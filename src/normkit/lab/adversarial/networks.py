@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from normkit.blocks import judge
+from normkit.lab import initial
 from normkit.lab.errors import LabError, nearest
 from normkit.statistics import Virtual
 from normkit.statistics.per_domain import domain
@@ -48,8 +49,9 @@ class Adversaries(nn.Module):
             return self.generator(noise)
 
     def judge(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
-        """The logits of real and of generated samples."""
-        return judge(self.discriminator, real, fake, mixed=self.mixed)
+        """The logits of real and of generated samples; spectral norm goes one step of power iteration for both."""
+        with nn.utils.parametrize.cached():
+            return judge(self.discriminator, real, fake, mixed=self.mixed)
 
     def judge_fake(self, real: Tensor, fake: Tensor) -> Tensor:
         """The logits of generated samples alone; where both share their statistics the real ones have to be there."""
@@ -112,8 +114,9 @@ def adversaries(
 
 
 @torch.no_grad()
-def settle_spectral_norms(model: nn.Module) -> None:
-    """Lets every spectral norm find the largest singular value of weights that were drawn after it was attached."""
+def draw_weights(model: nn.Module, drawn: torch.Generator) -> None:
+    """He's weights (2 / fan_in), to which every spectral norm then finds the largest singular value."""
+    initial.he(model, drawn)
     for layer in model.modules():
         if nn.utils.parametrize.is_parametrized(layer, "weight"):
             for _ in range(SETTLING):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
+import textwrap
 from typing import Any
 
 from normkit.report.document import Figure
@@ -12,6 +13,8 @@ from normkit.report.plots.canvas import INK, WIDE, Canvas
 
 GAP = 3
 """Pixels between two pictures."""
+LONGEST = 28
+"""Letters in a line of an arm's name."""
 BLANK = math.nan
 Pixels = list[list[float]]
 
@@ -20,7 +23,10 @@ def over_training(summary: dict[str, Any]) -> Figure:
     """One mosaic of all pictures: the columns are moments, later to the right."""
     kept = [(arm["name"], arm["pictures"]) for arm in summary["points"][0]["arms"] if arm.get("pictures")]
     steps = sorted({step for _, pictures in kept for step, _ in pictures["at"]})
-    rows = [(label(name), [dict(pictures["at"]).get(step) for step in steps]) for name, pictures in kept]
+    rows = [
+        (textwrap.fill(label(name), LONGEST), [dict(pictures["at"]).get(step) for step in steps])
+        for name, pictures in kept
+    ]
     rows.append(("real", [kept[0][1]["real"]] * len(steps)))
     side = math.isqrt(len(base64.b64decode(kept[0][1]["real"])))
     whole: Pixels = []
