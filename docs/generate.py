@@ -587,6 +587,23 @@ def calibrated_averages(root: Path) -> str:
     )
 
 
+def without_norms(root: Path) -> str:
+    """A trained network without its norms, and the variance in a ResNet-50 without norms, from the committed record."""
+    record = json.loads((root / SURGERY / "normalizer-free.json").read_text(encoding="utf-8"))
+    moments = {"converted": "at once"} | {key: key for key in record["summary"][0] if key.startswith("after one epoch")}
+    rows = [[way["way"], *(_percents(way[moment]) for moment in moments)] for way in record["summary"]]
+    found = [variance for one in record["resnet50"] for variance in one["variances"]]
+    first = record["resnet50"][0]
+    return (
+        f"{table(['network', *moments.values()], rows)}\n\n{_accuracy(record)}. {record['task']}, "
+        f"{record['training_steps']} steps with batch norm at {record['learning_rate']:g}, then converted with "
+        f"{record['samples_matched_on']} samples; one epoch more at the rate that is named.\n\nThe ResNet-50 of "
+        f"`normkit bench` at its initial weights, drawn {len(record['resnet50'])} times, converted with "
+        f"{first['images'][0]} random images: behind its {len(first['variances'])} blocks the variance is "
+        f"{min(found):.2f} to {max(found):.2f}, on images that nothing was measured on. {_made(record, 'normalizer-free.json')}"
+    )
+
+
 def _accuracy(record: dict[str, Any]) -> str:
     seeds = len({run["seed"] for run in record["runs"]})
     return f"Accuracy on held-out samples in percent, mean over {seeds} seeds (least to greatest)"
@@ -775,6 +792,7 @@ def pages() -> dict[Path, str]:
             for name, content in (
                 ("convert", converted_norms),
                 ("calibrate", calibrated_averages),
+                ("normalizer-free", without_norms),
             )
         },
         ROOT / "docs" / "strategies.md": strategies_page((ROOT / "docs" / "strategies.md").read_text(encoding="utf-8")),

@@ -39,7 +39,24 @@ def test_the_answer_on_calibrating_follows_from_the_runs():
     assert len(found["runs"]) == len(program.SEEDS) * 5
 
 
-@pytest.mark.parametrize(("name", "program"), [("convert", "converted_norms"), ("calibrate", "calibrated_averages")])
+def test_the_answer_on_taking_norms_out_follows_from_the_runs():
+    program, found = made_by("normalizer_free"), record("normalizer-free")
+    assert found["summary"] == [program.summary(way, found["runs"]) for way in program.WAYS]
+    assert len(found["runs"]) == len(program.SEEDS) * len(program.WAYS)
+    assert [one["seed"] for one in found["resnet50"]] == [*program.DRAWN]
+    assert {len(one["variances"]) for one in found["resnet50"]} == {16}
+    told = [*found["resnet50"], *(run for run in found["runs"] if run["way"] != "batch")]
+    assert all(0.5 <= variance <= 2 for one in told for variance in one["variances"])
+
+
+@pytest.mark.parametrize(
+    ("name", "program"),
+    [
+        ("convert", "converted_norms"),
+        ("calibrate", "calibrated_averages"),
+        ("normalizer-free", "normalizer_free"),
+    ],
+)
 def test_the_command_in_the_record_is_that_of_the_program(name, program):
     command = record(name)["command"]
     assert command == f"python examples/{program}.py records/surgery/{name}.json"
