@@ -19,10 +19,9 @@ def answer(records: Sequence[Record]) -> list[str]:
         return []
     shares, intervals = [c["share"] for c in costs], [c["interval"] for c in costs]
     apart = f"{min(intervals)}" if min(intervals) == max(intervals) else f"{min(intervals)} to {max(intervals)}"
-    return [
-        f"watching a training takes {n.share(min(shares))} to {n.share(max(shares))} of its time, with samples {apart} "
-        "steps apart, and changes no bit"
-    ]
+    least, most = n.share(min(shares)), n.share(max(shares))
+    share = least if least == most else f"{least} to {most}"
+    return [f"watching a training takes {share} of its time, with samples {apart} steps apart, and changes no bit"]
 
 
 def table(records: Sequence[Record], busy: str) -> Table:
