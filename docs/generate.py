@@ -600,7 +600,8 @@ def without_norms(root: Path) -> str:
         f"{record['samples_matched_on']} samples; one epoch more at the rate that is named.\n\nThe ResNet-50 of "
         f"`normkit bench` at its initial weights, drawn {len(record['resnet50'])} times, converted with "
         f"{first['images'][0]} random images: behind its {len(first['variances'])} blocks the variance is "
-        f"{min(found):.2f} to {max(found):.2f}, on images that nothing was measured on. {_made(record, 'normalizer-free.json')}"
+        f"{min(found):.2f} to {max(found):.2f}, on images that nothing was measured on. "
+        f"{_made(record, 'normalizer-free.json')}"
     )
 
 
