@@ -72,13 +72,13 @@ def test_a_layer_asked_to_run_on_them_says_why_it_cannot():
     with pytest.raises(RuntimeError, match=r"Triton is not installed|these kernels are for CUDA"):
         layer(torch.randn(2, 8))
     reason = nk.explain(nk.LayerNorm(8), torch.randn(2, 8)).reasons["triton"]
-    assert reason == triton.reasons_against(nk.dispatch._record(layer, torch.randn(2, 8), None))
+    assert reason == triton.reasons_against(nk.explanation.recorded(layer, torch.randn(2, 8)))
 
 
 def test_nobody_gets_them_unasked_before_a_gpu_has_checked_them():
     """The commit of a record that shows it, or nothing."""
     if triton.PROVEN is None:
-        assert nk.dispatch.TRITON.reluctance(nk.dispatch._record(nk.LayerNorm(8), torch.randn(2, 8), None))
+        assert nk.dispatch.TRITON.reluctance(nk.explanation.recorded(nk.LayerNorm(8), torch.randn(2, 8)))
         return
     record = HERE.parent / "records" / "bench" / "gpu" / triton.PROVEN / "parity.jsonl"
     assert record.exists()

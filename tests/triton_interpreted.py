@@ -194,7 +194,7 @@ EXCHANGED = ("batch, columns", "batch, planes, parts", "group, wider than a bloc
 def test_forward_on_one_backend_and_backward_on_the_other(name):
     layer, x, residual = case(name)
     layer.activation = torch.nn.ReLU()
-    call = nk.dispatch._record(layer, x.requires_grad_(), residual)
+    call = nk.explanation.recorded(layer, x.requires_grad_(), residual=residual)
     upstream, saved = torch.randn_like(x), {}
     plans = {backend: plan_for(call, backend) for backend in ("native", "triton")}
     for backend, plan in plans.items():
