@@ -44,7 +44,7 @@ def wrong(model: nn.Module) -> None:
     norm.register_forward_hook(lambda module, given, y: 1.3 * y + 0.5)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize(("accelerate", "state"), [(faster, "measured"), (wrong, "refused"), (None, "skipped")])
 def test_a_training_step_of_each_model(monkeypatch, name, dtype, accelerate, state):

@@ -54,8 +54,14 @@ def _fresh_compiler():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
-@pytest.mark.parametrize("name", MODELS)
+WAYS = [
+    pytest.param(name, inner, marks=pytest.mark.slow if inner == "aot_eager" and "resnet" in name else ())
+    for name in MODELS
+    for inner in ("eager", "aot_eager")
+]
+
+
+@pytest.mark.parametrize(("name", "inner"), WAYS)
 def test_outputs_gradients_and_buffers_are_the_same_in_every_mode(name, inner):
     model, x = make(name)
     original = copy.deepcopy(model)

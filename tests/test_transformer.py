@@ -211,7 +211,7 @@ def test_padding_is_never_seen(norm):
 
 
 @pytest.mark.parametrize(
-    "norm", [n if n[:2] in ("ba", "pr") else pytest.param(n, marks=pytest.mark.slow) for n in NORMS]
+    "norm", [n if n.startswith("progressive") else pytest.param(n, marks=pytest.mark.slow) for n in NORMS]
 )
 def test_it_compiles_whole_exports_saves_and_loads(norm):
     torch._dynamo.reset()
