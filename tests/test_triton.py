@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import normkit as nk
-from normkit.kernels import triton
+from normkit.kernels import loading, triton
 
 HERE = Path(__file__).parent
 needs_triton = pytest.mark.skipif(
@@ -83,6 +83,18 @@ def test_nobody_gets_them_unasked_before_a_gpu_has_checked_them():
     record = HERE.parent / "records" / "bench" / "gpu" / triton.PROVEN / "parity.jsonl"
     assert record.exists()
     assert '"state": "red"' not in record.read_text()
+
+
+@pytest.mark.skipif(loading.module is None, reason=str(loading.absence))
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_once_proven_a_gpu_has_limits_of_its_own(activation, monkeypatch):
+    """Elsewhere than on the CPU, what the compiled kernels leave to torch says nothing."""
+    monkeypatch.setattr(triton, "PROVEN", "a commit")
+    least = triton.SMALL if activation is None else triton.SMALL_FOLLOWED
+    for rows, at_once in ((least // 64 - 1, True), (least // 64, False)):
+        x = torch.empty(rows, 64, device="meta")
+        followed = activation is not None
+        assert nk.dispatch._torch_at_once(nk.LayerNorm(64).spec, x, activation, followed) is at_once
 
 
 def test_a_layer_on_the_cpu_loads_no_triton():

@@ -384,6 +384,23 @@ def test_explain_says_why_nobody_gets_them_unasked():
         assert nk.explain(layer, x).backend == "triton"
 
 
+def test_once_proven_they_leave_small_tensors_to_torch(monkeypatch):
+    monkeypatch.setattr(nk.kernels.triton, "PROVEN", "a commit")
+    monkeypatch.setattr(nk.dispatch, "BACKENDS", {n: b for n, b in nk.dispatch.BACKENDS.items() if n != "native"})
+    monkeypatch.setattr(nk.kernels.triton, "SMALL", 200)
+    monkeypatch.setattr(nk.kernels.triton, "SMALL_FOLLOWED", 100)
+    plain, followed = nk.BatchNorm2d(3), nk.BatchNorm2d(3, activation="relu")
+    for layer, side, backend in (
+        (plain, 8, "torch"),
+        (plain, 9, "triton"),
+        (followed, 5, "torch"),
+        (followed, 6, "triton"),
+    ):
+        told = nk.explain(layer, numbers((1, 3, side, side), torch.float32))
+        assert told.backend == backend, (layer, side)
+        assert ("below" in str(told)) is (backend == "torch")
+
+
 def test_a_call_that_no_kernel_takes_is_refused_with_the_reason():
     layer = nk.BatchNorm2d(3, backend="triton")
     for x, why in (

@@ -190,6 +190,8 @@ def _torch_at_once(
         return first is TORCH
     if loading.module is None:
         return BACKENDS.keys() <= _OURS and triton.PROVEN is None
+    if triton.PROVEN is not None and not x.is_cpu:
+        return triton.torch_is_faster(x, followed)
     return native.torch_is_faster(over or spec.over, spec.center, x, activation, followed)
 
 

@@ -24,6 +24,11 @@ PROVEN: str | None = None
 ``None``: it has not run on one yet, and nobody gets them unasked."""
 FOUND = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+SMALL, SMALL_FOLLOWED = 2**20, 2**18
+"""Elements below which torch's operators are taken: where torch needs one, and where a residual or an activation needs
+further ones. NOT MEASURED. What they rest on: 2**20 elements of 2 bytes cross the memory of an H200 in 4 microseconds,
+forward and backward together, and a call from Python to two or five kernels costs ten times that. The rows ``call`` of
+bench/gpu are there to replace them."""
 
 
 def reasons_against(call: Call) -> list[str]:
@@ -63,9 +68,19 @@ def reasons_against(call: Call) -> list[str]:
 
 def reluctance(call: Call) -> list[str]:
     """Why they do not run unless asked for by name."""
+    reasons = []
     if PROVEN is None:
-        return ['not yet checked on a GPU (bench/gpu/README.md); backend="triton" asks for them']
-    return []
+        reasons.append('not yet checked on a GPU (bench/gpu/README.md); backend="triton" asks for them')
+    followed = call.residual is not None or call.activation is not None
+    if not call.merged and torch_is_faster(call.x, followed):
+        least = SMALL_FOLLOWED if followed else SMALL
+        reasons.append(f"below {least:,} elements torch's operators should be faster, which nobody has measured yet")
+    return reasons
+
+
+def torch_is_faster(x: Tensor, followed: bool) -> bool:
+    """Whether the call costs more than the work; ``followed``: by a residual or an activation."""
+    return x.numel() < (SMALL_FOLLOWED if followed else SMALL)
 
 
 def _kernel(work: contract.Work, call: Call, weight_type: torch.dtype, activation: str | None, slope: float) -> Any:
