@@ -11,13 +11,17 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
 
 import normkit as nk
 from normkit.kernels import contract, loading, triton_launch
 from normkit.kernels.contract import Work
 from normkit.kernels.plan import plan_for
+from normkit.kernels.triton_channels import tile_of
 from normkit.kernels.triton_prenorm import add_norm
+from normkit.kernels.triton_rows import rows_of
 from normkit.statistics import Ghost
 from oracle import examine, observe
 from test_native import numbers, spread
@@ -130,6 +134,28 @@ def test_2_to_the_31_elements_get_64_bit_indices():
                 work = Work("rows", n * 2**10, 2**10, 1, 1)
             kernel = triton_launch.kernel_for(work, torch.empty(0), None, 0.0, False, True, True)
             assert kernel.constants["WIDE"] is wide
+
+
+@triton.jit
+def _places(offsets, rows, number, c, s, BC: tl.constexpr, BP: tl.constexpr):
+    """Where a tile of the last positions lies, and the rows of the last block."""
+    channels, lane = tl.arange(0, BC)[:, None], tl.arange(0, BP)[None, :]
+    section = tl.zeros([1, 1], tl.int64)
+    where, valid, _, _ = tile_of(number, section, channels, channels < c, 1, c, s, s, 1, number + 1, BP, True, False)
+    tl.store(offsets + channels * BP + lane, tl.where(valid, where, -1))
+    _, r, inside = rows_of(number, number + 1, 0, 1, s, BC, True)
+    tl.store(rows + channels, tl.where(inside, r, -1))
+
+
+def test_the_place_of_an_element_is_counted_with_64_bits_from_the_start():
+    """Three channels of 2**31 + 5 positions: the index of a position alone does not fit into 32 bits."""
+    s, block = 2**31 + 5, 16
+    offsets, rows = torch.empty(16, block, dtype=torch.int64), torch.empty(16, dtype=torch.int64)
+    _places[(1,)](offsets, rows, s // block, 3, s, BC=16, BP=block)
+    last = torch.tensor([s - 5, s - 4, s - 3, s - 2, s - 1] + [-1] * 11)
+    assert torch.equal(rows, last)
+    for channel in range(16):
+        assert torch.equal(offsets[channel], last.where(last < 0, last + channel * s) if channel < 3 else last * 0 - 1)
 
 
 @pytest.mark.slow

@@ -46,13 +46,13 @@ def tile_of(
     ALIGNED: tl.constexpr,
 ):
     """Offsets [BC, BP] of the tile in the tensor, which of them exist, sample and positions."""
+    if WIDE:  # before anything is multiplied: of one channel there may be 2^31 positions
+        item, channels = item + tl.zeros([1, 1], tl.int64), channels.to(tl.int64)
     sample = section * n + item // tiles
     at = item % tiles * BP + tl.arange(0, BP)[None, :]
     valid = inside & (at < s)
     if ALIGNED:
         stride_s = stride_s // 8 * 8
-    if WIDE:
-        channels, at = channels.to(tl.int64), at.to(tl.int64)
     return sample * c * s + channels * stride_c + at * stride_s, valid, sample, at
 
 

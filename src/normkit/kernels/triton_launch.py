@@ -63,7 +63,7 @@ def gradients_of(
     if dweight is not None or dbias is not None:
         block = 64
         launch(
-            triton_tile.total, (triton.cdiv(width, block),), partials, dweight, dbias, parts, width,
+            triton_tile.total, (triton.cdiv(width, block),), partials, dweight, dbias, parts, width, parts * width,
             BLOCK=block, PARTS=min(64, parts_of(parts)), num_warps=4,
         )  # fmt: skip
     return dweight, dbias

@@ -24,12 +24,10 @@ from normkit.kernels.triton_tile import activated, gated, merge_two, moments, pa
 @triton.jit
 def rows_of(block, blocks, phase, period, rows, BR: tl.constexpr, WIDE: tl.constexpr):
     """Sample, rows [BR, 1], which of them exist. Rows of one phase share a weight: every ``period``-th."""
-    sample = block // blocks
+    if WIDE:  # before anything is multiplied
+        block = block + tl.zeros([1, 1], tl.int64)
     r = phase + period * (block % blocks * BR + tl.arange(0, BR)[:, None])
-    inside = r < rows
-    if WIDE:
-        sample, r = sample.to(tl.int64), r.to(tl.int64)
-    return sample, r, inside
+    return block // blocks, r, r < rows
 
 
 @triton.jit

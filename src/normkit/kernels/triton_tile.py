@@ -101,20 +101,20 @@ def packed(above, AXIS: tl.constexpr):
 
 
 @triton.jit
-def total(partials, dweight, dbias, parts, width, BLOCK: tl.constexpr, PARTS: tl.constexpr):
+def total(partials, dweight, dbias, parts, width, size, BLOCK: tl.constexpr, PARTS: tl.constexpr):
     """Partial gradients of weight and bias, (2, parts, width), to the gradients: always added in the same order."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
     inside = at < width
     of_weight = tl.zeros([PARTS, BLOCK], tl.float32)
     of_bias = tl.zeros([PARTS, BLOCK], tl.float32)
     for first in range(0, parts, PARTS):
-        part = first + tl.arange(0, PARTS)[:, None]
+        part = (first + tl.arange(0, PARTS)[:, None]).to(tl.int64)  # times a width of millions
         mask = (part < parts) & inside
         here = partials + part * width + at
         if dweight is not None:
             of_weight += tl.load(here, mask, other=0.0)
         if dbias is not None:
-            of_bias += tl.load(here + parts * width, mask, other=0.0)
+            of_bias += tl.load(here + size, mask, other=0.0)
     if dweight is not None:
         tl.store(dweight + at, tl.sum(of_weight, 0, keep_dims=True), inside)
     if dbias is not None:
