@@ -23,7 +23,7 @@ GPU = ROOT / "bench" / "gpu"
 def gpu():
     """The scripts as modules."""
     sys.path.insert(0, str(GPU))
-    names = ("rows", "clocks", "contenders", "models", "measure")
+    names = ("rows", "clocks", "contenders", "models", "verdict", "measure")
     try:
         yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
     finally:
@@ -35,8 +35,9 @@ def gpu():
 def test_the_queue_lists_every_row_and_says_of_each_whether_it_was_measured(gpu):
     lines = (GPU / "README.md").read_text().splitlines()
     measured = [path.name for path in (ROOT / "records" / "bench" / "gpu").glob("*")]
-    for name in [*(row.name for row in gpu.rows.ROWS), *gpu.rows.MODELS]:
+    for name, reason, goal in gpu.rows.told():
         (line,) = [line for line in lines if line.startswith(f"| {name} |")]
+        assert line.startswith(f"| {name} | {reason} | {goal} | ")
         status = line.rstrip(" |").rpartition("| ")[2]
         assert status == "not measured" or status in measured
     assert len({row.name for row in gpu.rows.ROWS}) == len(gpu.rows.ROWS)
@@ -79,6 +80,7 @@ class Clock:
 def contenders_of(monkeypatch, gpu, *names):
     made = [(name, lambda: SimpleNamespace(step=lambda given: None)) for name in names]
     monkeypatch.setattr(gpu.measure, "contenders", lambda row, given: iter(made))
+    monkeypatch.setattr(gpu.measure, "further", lambda row, given: iter([]))
 
 
 def test_what_is_red_is_not_timed_and_the_status_says_so(gpu, monkeypatch):
@@ -102,18 +104,64 @@ def test_fractions_and_ratios_are_those_of_the_times(gpu, monkeypatch):
     mine, eager, _ = [r for r in records if r["kind"] == "timing"]
     toy = row.toy.case
     assert mine["floor_bytes"] == toy.size("bfloat16") * toy.floor(True)[1]
-    assert mine["of_copy"] == pytest.approx(mine["floor_bytes"] / 2e-3 / 1e9)
+    assert mine["of_copy"]["step"] == pytest.approx(mine["floor_bytes"] / 2e-3 / 1e9)
+    assert mine["of_copy"]["forward"] == pytest.approx(
+        4 * toy.size("bfloat16") / 1e-3 / 1e9
+    )
     assert eager["state"] == "measured"
     assert "capturing" in mine["graph_why"]
     line = gpu.measure.table(records).splitlines()[1].split()
-    assert line[-2:] == ["2.50", "1.50"]
+    assert line[-5:] == ["2.50", "1.50", "1.00", "missed:", "copy"]
+
+
+def test_the_table_says_of_every_goal_whether_it_is_reached(gpu):
+    """The goals of layer norm: forward 0.85 of a copy, 1.1x and 1x; backward 0.80, 1.8x and 1.8x."""
+    row = next(row for row in gpu.rows.ROWS if row.case.norm == "layer")
+    assert [goal.part for goal in row.goals] == ["forward", "backward"]
+    base = {"kind": "timing", "row": row.name, "state": "measured", "wall_ms": 1.0}
+
+    def ends(eager, **compiled):
+        mine = {"forward_ms": 1.0, "backward_ms": 2.0, "of_copy": {"forward": 0.86, "backward": 0.79}}
+        records = [{**base, "implementation": "normkit", **mine}]
+        records.append({**base, "implementation": "torch", "forward_ms": 1.2, "backward_ms": eager})
+        records.append({**base, "implementation": "torch.compile", "forward_ms": 1.0, "backward_ms": 4.0, **compiled})
+        return [
+            line.partition("  missed")[2] or line.split()[-1] for line in gpu.measure.table(records).splitlines()[1:3]
+        ]
+
+    assert ends(3.7) == ["reached", ": copy"]
+    assert ends(3.5) == ["reached", ": copy, eager"]
+    assert ends(3.7, state="no time") == ["compile", ": copy"]
+
+
+def test_rows_with_a_goal_come_first_then_models_and_the_other_contenders_last(gpu, monkeypatch):
+    with_goal, without = gpu.rows.ROWS[0], next(row for row in gpu.rows.ROWS if not row.goals and not row.brief)
+    contenders_of(monkeypatch, gpu, "normkit")
+    late = [("torch without cuDNN", lambda: SimpleNamespace(step=lambda given: None))]
+    monkeypatch.setattr(gpu.measure, "further", lambda row, given: iter(late))
+    monkeypatch.setattr(gpu.measure, "checks", lambda row, device: iter([{"kind": "parity", "state": "green"}]))
+    monkeypatch.setattr(gpu.measure.models, "records", lambda name, *_: iter([{"kind": "model", "model": name}]))
+    records = gpu.measure.run([without, with_goal], ["resnet50"], Clock(*[1.0] * 4), 8.0, lambda record: None)
+    order = [(r.get("row") or r["model"], r.get("implementation")) for r in records if r["kind"] in ("timing", "model")]
+    late = "torch without cuDNN"
+    assert order == [
+        (with_goal.name, "normkit"), ("resnet50", None), (without.name, "normkit"), (without.name, late),
+        (with_goal.name, late),
+    ]  # fmt: skip
+
+
+def test_a_row_that_there_was_no_time_to_check_is_not_timed(gpu, monkeypatch):
+    row = gpu.rows.ROWS[0]
+    monkeypatch.setattr(gpu.measure, "checks", lambda row, device: pytest.fail("there was no time"))
+    records = gpu.measure.run([row], [], Clock(), 1 / 60, lambda record: None)
+    assert [(r["state"], r["why"]) for r in records if r["kind"] == "timing"] == [("refused", "parity: no time")]
 
 
 def test_what_would_end_too_late_is_not_begun(gpu, monkeypatch):
     row = gpu.rows.ROWS[0]
     contenders_of(monkeypatch, gpu, "normkit", "torch.compile")
     monkeypatch.setattr(gpu.measure, "checks", lambda row, device: iter([]))
-    records = gpu.measure.run([row], [], Clock(2.0), 5 / 60, lambda record: None)
+    records = gpu.measure.run([row], [], Clock(2.0), 9 / 60, lambda record: None)
     assert [r["state"] for r in records if r["kind"] == "timing"] == ["measured", "no time"]
 
 
@@ -123,8 +171,9 @@ def test_a_contender_that_is_not_installed_is_recorded_with_the_reason(gpu, monk
     from normkit.bench.inputs import inputs
 
     given = inputs(row.toy.case, row.dtype, row.layout)
-    makers = dict(gpu.contenders.contenders(row.toy, given))
-    assert list(makers)[:3] == ["normkit", "torch", "torch.compile"]
+    assert [name for name, _ in gpu.contenders.contenders(row.toy, given)] == ["normkit", "torch", "torch.compile"]
+    makers = dict(gpu.contenders.further(row.toy, given))
+    assert list(makers) == ["Liger", "QuACK", "flash-attention", "torch.compile, autotuned"]
     with pytest.raises(gpu.contenders.Absent, match="liger_kernel"):
         makers["Liger"]()
 

@@ -120,7 +120,9 @@ class Rehearsal:
 
 def measured(clock: Any, step: Step, *, graph: bool = True) -> dict[str, Any]:
     """All that a record says about one step; a graph that cannot be captured is said, not raised."""
-    told: dict[str, Any] = {**clock.events(step), "wall_ms": clock.wall(step), "peak_mb": clock.peak(step)}
+    events = clock.events(step)
+    backward = {"backward_ms": max(events["step_ms"] - events["forward_ms"], 1e-6)}
+    told: dict[str, Any] = {**events, **backward, "wall_ms": clock.wall(step), "peak_mb": clock.peak(step)}
     capture: Callable[[], Any] = lambda: clock.graph(step)
     try:
         told["graph_ms"] = capture() if graph else None

@@ -19,19 +19,30 @@ Maker = Callable[[], Peer]
 
 
 def contenders(row: Row, given: Inputs) -> Iterator[tuple[str, Maker]]:
-    """Names and what makes them, ours and torch's first: the others are left out when the time is up."""
-    case, kind = row.case, getattr(torch, weight_dtype(row.case, row.dtype))
-    device = str(given.x.device)
+    """Names and what makes them: those that a goal speaks of."""
+    case, kind, device = row.case, _kind(row), str(given.x.device)
     yield OURS, lambda: ours(case, kind, given, "triton")
     yield "torch", lambda: eager(case, kind, device)
-    yield "torch.compile", lambda: _compiled(row, kind, device, None)
+    if not row.brief:
+        yield "torch.compile", lambda: _compiled(row, kind, device, None)
+
+
+def further(row: Row, given: Inputs) -> Iterator[tuple[str, Maker]]:
+    """All others, for the time that is left."""
+    case, kind, device = row.case, _kind(row), str(given.x.device)
+    if row.brief:
+        return
     if case.norm == "batch":
         yield "torch without cuDNN", lambda: _without_cudnn(eager(case, kind, device))
-    if row.autotuned:
-        yield "torch.compile, autotuned", lambda: _compiled(row, kind, device, "max-autotune-no-cudagraphs")
     if case.features_last and case.activation is None and not case.residual:
         for name, make in EXTERNAL.items():
             yield name, lambda make=make: _external(make, row, kind, device)  # type: ignore[misc]
+    yield "torch.compile, autotuned", lambda: _compiled(row, kind, device, "max-autotune-no-cudagraphs")
+
+
+def _kind(row: Row) -> torch.dtype:
+    kind: torch.dtype = getattr(torch, weight_dtype(row.case, row.dtype))
+    return kind
 
 
 def _compiled(row: Row, kind: torch.dtype, device: str, mode: str | None) -> Peer:

@@ -1,8 +1,9 @@
 """Parity of the Triton kernels on a GPU, then their speed, in 8 minutes: ``python bench/gpu/measure.py``.
 
 Parity comes first: every row on a smaller tensor against the float64 oracle, in all three types. A row that is red is
-not timed, and the status is 1. What the time does not suffice for is recorded as ``no time``; the order of ``rows.py``
-says what comes first. Records are JSON lines below ``records/bench/gpu/<commit>/``; the table comes last.
+not timed, and the status is 1. What the time does not suffice for is recorded as ``no time``: first come the rows with
+a goal, then models, other rows, other contenders, each in the order of ``rows.py``. Records are JSON lines below
+``records/bench/gpu/<commit>/``; the table comes last.
 
     python bench/gpu/measure.py                     # all of it
     python bench/gpu/measure.py --only 'group_norm*'
@@ -29,8 +30,9 @@ if "--rehearse" in sys.argv:  # settled when Triton is loaded
 import models  # noqa: E402
 import torch  # noqa: E402
 from clocks import DeviceClock, Rehearsal, measured  # noqa: E402
-from contenders import OURS, Absent, contenders, forgetting  # noqa: E402
-from rows import MODELS, ROWS, Row  # noqa: E402
+from contenders import OURS, Absent, contenders, forgetting, further  # noqa: E402
+from rows import MODELS, ROWS, Part, Row  # noqa: E402
+from verdict import table  # noqa: E402
 
 from normkit.bench import parity  # noqa: E402
 from normkit.bench.inputs import FORMATS, Inputs, inputs, weight_dtype  # noqa: E402
@@ -38,9 +40,11 @@ from normkit.bench.peers import ours  # noqa: E402
 from normkit.vocabulary.record import encode_line  # noqa: E402
 
 Record = dict[str, Any]
-COMPILING, CALLING = 15.0, 2.0
-"""Seconds that a contender may take: one that is not begun in time would end after it."""
+SECONDS = {"torch.compile, autotuned": 40.0, "torch.compile": 15.0}
+CALLING, CHECKING = 2.0, 5.0
+"""Seconds that a contender, and a check, may take: what is not begun in time would end after it."""
 PARITY_TYPES = ("float32", "bfloat16", "float16")
+PARTS: tuple[Part, ...] = ("forward", "backward", "step")
 
 
 def checks(row: Row, device: str) -> Iterator[Record]:
@@ -59,15 +63,15 @@ def checks(row: Row, device: str) -> Iterator[Record]:
         yield {**record, "state": "red" if wrong else "green", "why": wrong, "parity": parity.to_json(found)}
 
 
-def timings(row: Row, clock: Any, bandwidth: float, out_of_time: Any) -> Iterator[Record]:
+def timings(row: Row, clock: Any, bandwidth: float, out_of_time: Any, who: Any) -> Iterator[Record]:
     """One record per contender."""
     given = _drawn_there(row, clock.device)
-    floor = row.case.floor(row.streamed)[1] * row.case.size(row.dtype)
+    floors = {part: row.floor(part) for part in PARTS}
     size = list(row.case.shape)
     base: Record = {"kind": "timing", "row": row.name, "shape": size, "dtype": row.dtype, "layout": row.layout}
-    for name, make in contenders(row, given):
-        record = {**base, "implementation": name, "floor_bytes": floor}
-        if out_of_time(COMPILING if "compile" in name else CALLING):
+    for name, make in who(row, given):
+        record = {**base, "implementation": name, "floor_bytes": floors["step"]}
+        if out_of_time(SECONDS.get(name, CALLING)):
             yield {**record, "state": "no time"}
             continue
         try:
@@ -79,8 +83,14 @@ def timings(row: Row, clock: Any, bandwidth: float, out_of_time: Any) -> Iterato
         except Exception as error:
             yield {**record, "state": "failed", "why": f"{type(error).__name__}: {str(error)[:300]}"}
             continue
-        rate = floor / (told["step_ms"] / 1e3)
-        yield {**record, "state": "measured", **told, "bytes_per_second": rate, "of_copy": rate / bandwidth}
+        rates = {part: floors[part] / (told[f"{part}_ms"] / 1e3) for part in PARTS}
+        yield {
+            **record,
+            "state": "measured",
+            **told,
+            "bytes_per_second": rates["step"],
+            "of_copy": {part: rate / bandwidth for part, rate in rates.items()},
+        }
 
 
 def _drawn_there(row: Row, device: str) -> Inputs:
@@ -96,8 +106,24 @@ def _drawn_there(row: Row, device: str) -> Inputs:
     return Inputs(draw(2.0, 1.5).requires_grad_(), residual, draw(1.0, 0.1))
 
 
+def _refused(chosen: list[Row], toy: bool, device: str, out_of_time: Any, keep: Any) -> Iterator[tuple[Row, str]]:
+    """Rows that must not be timed, with the reason. Those that differ in their type are checked once, in every type."""
+    found: dict[tuple, str] = {}
+    for row in chosen:
+        other = row.toy if toy else row.small
+        place = (other.case, row.layout)
+        if place not in found:
+            if out_of_time(CHECKING):
+                found[place] = "parity: no time"
+            else:
+                records = [keep({**record, "row": row.name}) for record in checks(other, device)]
+                found[place] = "parity is red" if any(record["state"] == "red" for record in records) else ""
+        if found[place]:
+            yield row, found[place]
+
+
 def run(chosen: list[Row], wanted_models: list[str], clock: Any, minutes: float, write: Any) -> list[Record]:
-    """Parity, timings, models; every record is written as soon as it is there."""
+    """Parity, rows with a goal, models, other rows, other contenders; a record is written as soon as it is there."""
     begin, toy = time.monotonic(), clock.device == "cpu"
     out_of_time = lambda needed: time.monotonic() - begin + needed > 60 * minutes
     done: list[Record] = []
@@ -107,60 +133,27 @@ def run(chosen: list[Row], wanted_models: list[str], clock: Any, minutes: float,
         done.append(record)
         return record
 
-    red: set[str] = set()
-    checked: dict[tuple, str] = {}
-    for row in chosen:
-        case = (row.toy if toy else row.small).case
-        place = (case, row.layout)
-        if place not in checked:  # rows that differ in their type are checked once, in every type
-            found = [
-                keep({**record, "row": row.name}) for record in checks((row.toy if toy else row.small), clock.device)
-            ]
-            checked[place] = "red" if any(record["state"] == "red" for record in found) else "green"
-        if checked[place] == "red":
-            red.add(row.name)
+    sized = {row.name: row.toy if toy else row for row in chosen}
+    refused = {row.name: why for row, why in _refused(chosen, toy, clock.device, out_of_time, keep)}
     bandwidth = clock.copy_bandwidth()
     keep({"kind": "copy", "bytes_per_second": bandwidth})
-    for row in chosen:
-        if row.name in red:
-            keep(
-                {"kind": "timing", "row": row.name, "implementation": OURS, "state": "refused", "why": "parity is red"}
-            )
-            continue
-        for record in timings(row.toy if toy else row, clock, bandwidth, out_of_time):
-            keep({**record, "row": row.name})
+
+    def time_all(rows: list[Row], who: Any) -> None:
+        for row in rows:
+            if row.name not in refused:
+                for record in timings(sized[row.name], clock, bandwidth, out_of_time, who):
+                    keep({**record, "row": row.name})
+            elif who is contenders:
+                record = {"kind": "timing", "row": row.name, "implementation": OURS}
+                keep({**record, "state": "refused", "why": refused[row.name]})
+
+    time_all([row for row in chosen if row.goals], contenders)
     for name in wanted_models:
         for record in models.records(name, clock, out_of_time):
             keep(record)
+    time_all([row for row in chosen if not row.goals], contenders)
+    time_all(chosen, further)
     return done
-
-
-def table(records: list[Record]) -> str:
-    """What was found, one line per row: milliseconds of forward and backward, fraction of the copy, ratios."""
-    lines = [f"{'':<64}{'ms':>9}{'of copy':>9}{'x eager':>9}{'x compile':>10}"]
-    for title in dict.fromkeys(r.get("row") or r.get("model") for r in records if r["kind"] in ("timing", "model")):
-        found = {
-            r["implementation"]: r for r in records if title in (r.get("row"), r.get("model")) and "implementation" in r
-        }
-        mine = found.get(OURS, {})
-        if mine.get("state") != "measured":
-            lines.append(f"{title:<64}{mine.get('state', 'nothing')}: {mine.get('why', '')}"[:120].rstrip(": "))
-            continue
-        of_copy = f"{mine['of_copy']:.2f}" if "of_copy" in mine else ""
-        cells = [f"{mine['step_ms']:.3f}", of_copy, _ratio(found, mine, "torch"), _ratio(found, mine, "torch.compile")]
-        lines.append(f"{title:<64}{cells[0]:>9}{cells[1]:>9}{cells[2]:>9}{cells[3]:>10}")
-    checks_made = [r for r in records if r["kind"] == "parity"]
-    red = [r for r in checks_made if r["state"] == "red"]
-    lines.append(f"parity: {len(checks_made) - len(red)} of {len(checks_made)} green")
-    lines += [f"  red: {r['row']} in {r['dtype']}: {r['why']}"[:200] for r in red[:5]]
-    return "\n".join(lines)
-
-
-def _ratio(found: dict[str, Record], mine: Record, other: str) -> str:
-    theirs = found.get(other, {})
-    return (
-        f"{theirs['step_ms'] / mine['step_ms']:.2f}" if theirs.get("state") == "measured" else theirs.get("state", "")
-    )
 
 
 def environment(clock: Any) -> Record:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from normkit.bench.cases import Case
+
+Part = Literal["forward", "backward", "step"]
 
 
 @dataclass(frozen=True)
 class Goal:
-    """For forward and backward together, on an H200 in bfloat16."""
+    """For one part of a training step, on an H200 in bfloat16; ``step``: forward and backward together."""
 
     bandwidth: float | None = None
     """Fraction of the copy bandwidth, counted on the floor of memory traffic."""
@@ -17,6 +20,13 @@ class Goal:
     """Times as fast as torch's operators."""
     compiled: float | None = None
     """Times as fast as ``torch.compile``."""
+    part: Part = "step"
+
+    def __str__(self) -> str:
+        of = ((self.bandwidth, "{:.2f} of copy"), (self.eager, "{:g}x eager"), (self.compiled, "{:g}x compile"))
+        return ("" if self.part == "step" else f"{self.part} ") + ", ".join(
+            "≥ " + words.format(least) for least, words in of if least is not None
+        )
 
 
 @dataclass(frozen=True)
@@ -24,18 +34,23 @@ class Row:
     """One case in one type and layout."""
 
     case: Case
-    goal: Goal
+    goals: tuple[Goal, ...] = ()
     dtype: str = "bfloat16"
     layout: str = "contiguous"
     streamed: bool = True
     """The tensor is larger than what stays on chip, so a statistic of batch norm takes a pass of its own."""
-    autotuned: bool = False
-    """``torch.compile`` is timed with ``mode="max-autotune-no-cudagraphs"`` too, which takes it long."""
+    brief: bool = False
+    """A small tensor, for the cost of a call: timed against torch's operators alone."""
 
     @property
     def name(self) -> str:
         shape = "x".join(map(str, self.case.shape))
         return f"{self.case.op} {shape} {self.dtype} {self.layout}"
+
+    def floor(self, part: Part) -> int:
+        """The fewest bytes that the part of a step has to move."""
+        forward, step = self.case.floor(self.streamed)
+        return {"forward": forward, "backward": step - forward, "step": step}[part] * self.case.size(self.dtype)
 
     @property
     def small(self) -> Row:
@@ -73,31 +88,51 @@ _LAST = "channels_last"
 _BLOCK = Case("batch", (128, 256, 56, 56), "ResNet-50, stage 1, end of a block", activation="relu", residual=True)
 _STEM = Case("batch", (128, 64, 112, 112), "ResNet-50, stem", activation="relu")
 _CHIP = Case("batch", (32, 64, 56, 56), "ResNet-50, stage 1: 13 MB fit on chip", activation="relu")
-_CHIP_2 = Case("batch", (64, 512, 28, 28), "ResNet-50, stage 2: 51 MB, about the second-level cache", activation="relu")
+_CHIP_6 = Case("batch", (32, 128, 28, 28), "ResNet-50, stage 2: 6 MB fit on chip", activation="relu")
+_CHIP_26 = Case("batch", (64, 64, 56, 56), "ResNet-50, stage 1: 26 MB, the most that fits", activation="relu")
+_CACHED = Case("batch", (64, 512, 28, 28), "ResNet-50, stage 2: 51 MB, about the second-level cache", activation="relu")
 _UNET = Case("group:32", (8, 320, 64, 64), "U-Net of latent diffusion", activation="silu")
 _DEEP = Case("group:32", (8, 1280, 16, 16), "U-Net of latent diffusion, lowest level", activation="silu")
 _VAE = Case("group:32", (1, 256, 512, 512), "image decoder, one sample: few groups, long ones", activation="silu")
 _VIDEO = Case("group:32", (1, 128, 20, 256, 256), "video decoder, one sample", activation="silu")
-_VOLUME = Case("instance", (2, 64, 64, 64, 64), "nnU-Net in three dimensions", activation="leaky_relu")
+_VOLUME = Case("instance", (2, 32, 128, 128, 128), "nnU-Net in three dimensions, first level", activation="leaky_relu")
+_VOLUME_2 = Case("instance", (2, 64, 64, 64, 64), "nnU-Net in three dimensions, second level", activation="leaky_relu")
 _RMS = Case("rms", (16384, 4096), "a 7B model, 16k tokens", features_last=True)
 _RMS_WIDE = Case("rms", (8192, 8192), "a 70B model", features_last=True)
 _RMS_SHORT = Case("rms", (131072, 128), "queries and keys: very short rows", features_last=True)
 _LAYER = Case("layer", (16384, 4096), "GPT, 16k tokens", features_last=True)
 _LAYER_WIDE = Case("layer", (1024, 12288), "GPT-3, one sequence: few wide rows", features_last=True)
-_TINY = Case("batch", (8, 64, 22, 23), "1 MB: the cost of a call decides who is faster")
 
-_BATCH = Goal(0.80, 2.0, 1.2)
-_FITS = Goal(None, 2.0, 1.3)
-_GROUP = Goal(0.80, 3.0, 1.2)
-_INSTANCE = Goal(0.80, 2.0, 1.2)
-_ROWS = Goal(0.80, 1.8, 1.8)
+_BATCH = (Goal(0.80, 2.0, 1.2),)
+_BATCH_PLANES = (Goal(0.80, 2.5, 1.2),)
+_FITS = (Goal(None, 2.0, 1.3),)
+_GROUP = (Goal(0.80, 3.0, 1.2),)
+_INSTANCE = (Goal(0.80, 2.0, 1.2),)
+_ROWS = (Goal(0.85, 1.1, 1.0, "forward"), Goal(0.80, 1.8, 1.8, "backward"))
+
+
+def _calls() -> tuple[Row, ...]:
+    """Where the cost of a call ends to matter, which ``SMALL`` of the backend is about."""
+    why = "{:,} elements: call or work"
+    images = [
+        Case("batch", (n, 64, 16, 16), why.format(n << 14), activation=follows)
+        for follows in (None, "relu")
+        for n in (4, 16, 64, 256)
+    ]
+    rows = [
+        Case(norm, (n, 1024), why.format(n << 10), features_last=True)
+        for norm in ("layer", "rms")
+        for n in (64, 1024, 4096)
+    ]
+    return tuple(Row(case, streamed=False, brief=True) for case in (*images, *rows))
+
 
 ROWS: tuple[Row, ...] = (
-    Row(_BLOCK, _BATCH, layout=_LAST, autotuned=True),
-    Row(_BLOCK, replace(_BATCH, eager=2.5)),
+    Row(_BLOCK, _BATCH, layout=_LAST),
+    Row(_BLOCK, _BATCH_PLANES),
     Row(_UNET, _GROUP, streamed=False),
     Row(_UNET, _GROUP, layout=_LAST, streamed=False),
-    Row(_RMS, _ROWS, autotuned=True),
+    Row(_RMS, _ROWS),
     Row(_LAYER, _ROWS),
     Row(_VAE, _GROUP),
     Row(_VAE, _GROUP, layout=_LAST),
@@ -105,18 +140,34 @@ ROWS: tuple[Row, ...] = (
     Row(_CHIP, _FITS, streamed=False),
     Row(_VOLUME, _INSTANCE),
     Row(_VOLUME, _INSTANCE, layout=_LAST),
+    Row(_CHIP_6, _FITS, layout=_LAST, streamed=False),
+    Row(_CHIP_26, _FITS, layout=_LAST, streamed=False),
+    Row(_RMS_WIDE, _ROWS),
     Row(_STEM, _BATCH, layout=_LAST),
     Row(_VIDEO, _GROUP),
-    Row(_RMS_WIDE, _ROWS),
     Row(_RMS_SHORT, _ROWS),
     Row(_LAYER_WIDE, _ROWS),
-    Row(_CHIP_2, _FITS, layout=_LAST, streamed=False),
     Row(_DEEP, _GROUP, streamed=False),
-    Row(_BLOCK, Goal(), dtype="float16", layout=_LAST),
-    Row(_BLOCK, Goal(), dtype="float32", layout=_LAST),
-    Row(_UNET, Goal(), dtype="float32", streamed=False),
-    Row(_RMS, Goal(), dtype="float32"),
-    Row(_TINY, Goal(), streamed=False),
+    *_calls(),
+    Row(_CACHED, layout=_LAST, streamed=False),
+    Row(_VOLUME_2),
+    Row(_BLOCK, dtype="float16", layout=_LAST),
+    Row(_BLOCK, dtype="float32", layout=_LAST),
+    Row(_UNET, dtype="float32", streamed=False),
+    Row(_RMS, dtype="float32"),
 )
+"""Those with a goal first: they come before the models, all others after."""
 MODELS = ("resnet50", "unet_block", "llm_layer")
 """ResNet-50 under autocast, channels last; a block of a diffusion U-Net; a layer of a 1B-parameter language model."""
+
+
+def told() -> list[tuple[str, str, str]]:
+    """Every row and model: its name, what it stands for, its goals in words."""
+    rows = [(row.name, row.case.reason, "; ".join(map(str, row.goals)) or "–") for row in ROWS]
+    return rows + [(name, "a training step", "–") for name in MODELS]
+
+
+def queue() -> str:
+    """The table of README.md, as long as nothing of it is measured."""
+    lines = ["| row | what it stands for | goal (H200) | measured at commit |", "|---|---|---|---|"]
+    return "\n".join([*lines, *(f"| {' | '.join(cells)} | not measured |" for cells in told())])

@@ -27,8 +27,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SMALL, SMALL_FOLLOWED = 2**20, 2**18
 """Elements below which torch's operators are taken: where torch needs one, and where a residual or an activation needs
 further ones. NOT MEASURED. What they rest on: 2**20 elements of 2 bytes cross the memory of an H200 in 4 microseconds,
-forward and backward together, and a call from Python to two or five kernels costs ten times that. The rows ``call`` of
-bench/gpu are there to replace them."""
+forward and backward together, and a call from Python to two or five kernels costs ten times that. The brief rows
+of bench/gpu are there to replace them."""
 
 
 def reasons_against(call: Call) -> list[str]:
