@@ -16,7 +16,7 @@ from triton.compiler import ASTSource
 
 from normkit.kernels import triton_launch
 from normkit.kernels.contract import Work
-from normkit.kernels.triton_launch import Channels, Rows, kernel_for
+from normkit.kernels.triton_launch import Channels, Epilogue, Rows, kernel_for
 
 NAMES = {
     torch.float32: "*fp32",
@@ -66,9 +66,11 @@ def launches(work: Work, dtype: torch.dtype, activation: str | None, *, residual
         if isinstance(kernel, Channels):
             kernel.normalise(x, added, weight, bias, stats, bits)
             kernel.gradients(x, x, kept, weight, bias, stats, bits, stats, (True, residual))
-        if isinstance(kernel, Rows) and residual and activation is None:
-            kernel.forward(x, added, weight, bias, None, None, 0.0, 1e-5, None, summed=x, before=True, offset=1.0)
-            kernel.backward(x, x, None, weight, bias, stats, None, (True, True, True, False), dsummed=x)
+        if isinstance(kernel, Rows) and work.shape == "rows" and work.groups == 1:  # add_norm, in every type
+            plain = Rows(work, dtype, Epilogue(None, 0.0, False), True, x.device)
+            plain.constants["WIDE"] = wide
+            plain.forward(x, x, weight, bias, None, None, 0.0, 1e-5, None, summed=x, before=True, offset=1.0)
+            plain.backward(x, x, None, weight, bias, stats, None, (True, True, True, False), dsummed=x, offset=1.0)
     finally:
         triton_launch.launch = before
     return caught

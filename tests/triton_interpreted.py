@@ -345,6 +345,53 @@ def test_add_norm_is_the_two_steps_written_by_hand(center, features):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
+def test_add_norm_under_a_compiler_is_one_operator_with_eagers_bits():
+    x, residual = numbers((9, 20), torch.float32), torch.randn(9, 20)
+    weight, bias = torch.randn(20), torch.randn(20)
+
+    def step(x, residual, weight, bias):
+        y, h = add_norm(x, residual, weight, bias, weight_offset=1.0)
+        return y * 2, h + 1
+
+    torch._dynamo.reset()
+    found = []
+    for function in (torch.compile(step, fullgraph=True, backend="aot_eager"), step):
+        leaves = [t.clone().requires_grad_() for t in (x, residual, weight, bias)]
+        y, h = function(*leaves)
+        found.append([y, h, *torch.autograd.grad((y, h), leaves, (x, residual))])
+    assert all(torch.equal(got, wanted) for got, wanted in zip(*found, strict=True))
+    leaves = [t.requires_grad_() for t in (x, residual, weight, bias)]
+    torch.library.opcheck(torch.ops.normkit.add_norm.default, (*leaves, 1e-5, True, 1.0))
+
+
+def test_add_norm_asked_for_one_output_and_some_gradients_gives_these():
+    x, residual, weight = (t.requires_grad_() for t in (torch.randn(5, 20), torch.randn(5, 20), torch.randn(20)))
+    y, h = add_norm(x, residual, weight.detach())
+    assert torch.equal(torch.autograd.grad(h, residual, torch.ones_like(h), retain_graph=True)[0], torch.ones(5, 20))
+    (got,) = torch.autograd.grad(y, x, torch.ones_like(y) + residual.detach())
+    (wanted,) = torch.autograd.grad(
+        F.layer_norm(x + residual, (20,), weight), x, torch.ones_like(y) + residual.detach()
+    )
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_add_norm_refuses_with_the_reason(monkeypatch):
+    x = torch.randn(4, 8)
+    for given, why in (
+        ((x, torch.randn(4, 9)), r"the residual \(4, 9\)"),
+        ((x.t(), x.t()), "x contiguous"),
+        ((x.double(), x.double()), "no kernel for .* torch.float64"),
+        ((x[:0], x[:0]), r"no kernel for \(0, 8\)"),
+        ((x, x, torch.ones(4)), r"shape \(8,\)"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            add_norm(*given)
+    monkeypatch.setattr("normkit.kernels.triton_prenorm.INTERPRETED", False)
+    with pytest.raises(ValueError, match="tensors on cpu; the kernel is for one GPU"):
+        add_norm(x, x)
+
+
 # torch.compile
 
 

@@ -23,6 +23,7 @@ PROVEN: str | None = None
 """The commit of these kernels at which parity has passed on a GPU: records/bench/gpu/<commit>/ holds the record.
 ``None``: it has not run on one yet, and nobody gets them unasked."""
 FOUND = importlib.util.find_spec("triton") is not None
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SMALL, SMALL_FOLLOWED = 2**20, 2**18
 """Elements below which torch's operators are taken: where torch needs one, and where a residual or an activation needs
@@ -44,7 +45,7 @@ def reasons_against(call: Call) -> list[str]:
             return [f"tensors are on {call.x.device} and on {tensor.device}"]
         if tensor.layout is not torch.strided:
             return ["a tensor is sparse or nested"]
-    if call.x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if call.x.dtype not in TYPES:
         return [f"no Triton kernel for {call.x.dtype}"]
     if call.counted is not None:
         return ["a mask leaves out some of the values that share their statistics"]
