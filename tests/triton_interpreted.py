@@ -195,19 +195,29 @@ def test_a_kernel_that_is_wrong_is_found_out(spoil, monkeypatch):
         examine(layer, x)
 
 
-def test_tuning_takes_the_fastest_number_of_warps(monkeypatch):
+TUNED = {
+    "rows": (Work("rows", 4, 20, 1, 1), True),
+    "rows of groups": (Work("rows", 4, 20, 1, 2), True),
+    "evaluation": (Work("planes", 2, 16, 20, 0), False),
+}
+
+
+@pytest.mark.parametrize("name", TUNED)
+def test_tuning_takes_the_fastest_number_of_warps_for_forward_and_backward(name, monkeypatch):
     times = dict(zip(triton_launch.WARPS, (3.0, 1.0, 2.0), strict=True))
-    kernel = triton_launch.kernel_for(Work("rows", 4, 20, 1, 1), torch.empty(0), None, 0.0, False, True, True)
+    work, batch = TUNED[name]
+    x = torch.randn(work.n, work.c, work.s)
+    kernel = triton_launch.kernel_for(work, x, "relu", 0.0, True, True, batch)
     ran = []
 
     def time_of(step, **options):
-        ran.append(step()[0].shape)
+        ran.append(step().shape)
         return times[kernel.warps]
 
     monkeypatch.setattr("triton.testing.do_bench", time_of)
-    triton_launch.tune(kernel, torch.randn(4, 20))
+    triton_launch.tune(kernel, x)
     assert kernel.warps == triton_launch.WARPS[1]
-    assert ran == [(4, 20)] * 3
+    assert ran == [x.shape] * 3
 
 
 # What one backend saves, another reads.

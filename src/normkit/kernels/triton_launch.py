@@ -30,6 +30,8 @@ ALONE = 2**16
 WIDEST = 8192
 """Features of a row that is kept in registers."""
 WARPS = (4, 8, 16)
+"""What tuning tries: 32, 16 and 8 elements of a tile a thread. More loads in flight against more registers is all that
+a tile of a given size leaves to choose."""
 
 
 @functools.cache
@@ -379,22 +381,33 @@ def kernel_for(
         made: Kernel = Channels(work, x.dtype, epilogue, batch, x.device)
     else:
         made = Rows(work, x.dtype, epilogue, center, x.device)
-    if os.environ.get("NORMKIT_TUNE") == "1" and x.is_cuda:
+    if os.environ.get("NORMKIT_TUNE") == "1" and x.is_cuda and not torch.cuda.is_current_stream_capturing():
         tune(made, x)
     return made
 
 
 def tune(kernel: Kernel, x: Tensor) -> None:
-    """Choose the number of warps by time. Other warps add in another order: bits then depend on what was faster."""
+    """Choose the number of warps by the time of a forward and a backward pass.
+
+    Other warps add in another order: bits then depend on what was faster.
+    """
+    work, residual = kernel.work, x if kernel.epilogue.residual else None
     source = torch.randn_like(x)
-    residual = source if kernel.epilogue.residual else None
     bits = torch.empty(kernel.bits, dtype=torch.uint8, device=x.device) if kernel.bits else None
+    channels = work.c * (max(work.groups, 1) if work.shape == "rows" else 1)
+    weight, bias = torch.ones(channels, device=x.device), torch.zeros(channels, device=x.device)
     given: tuple[Tensor | None, Tensor | None] = (None, None)
     if isinstance(kernel, Channels) and not kernel.batch:
-        given = (torch.zeros(kernel.work.c, device=x.device), torch.ones(kernel.work.c, device=x.device))
+        given = (bias, weight)
+    kept = residual if bits is None and kernel.epilogue.activation else None
+
+    def step() -> Tensor | None:
+        _, stats = kernel.forward(source, residual, weight, bias, given, (None, None), 0.0, 1e-5, bits)
+        need = (True, True, True, residual is not None)
+        return kernel.backward(source, source, kept, weight, bias, stats, bits, need)[0]
+
     times = {}
     for warps in WARPS:
         kernel.warps = warps
-        step = lambda: kernel.forward(source, residual, None, None, given, (None, None), 0.0, 1e-5, bits)
         times[warps] = triton.testing.do_bench(step, warmup=5, rep=20)
     kernel.warps = min(times, key=lambda warps: times[warps])
