@@ -16,12 +16,13 @@ import triton.language as tl
 from torch import Tensor
 
 import normkit as nk
-from normkit.kernels import contract, loading, triton_launch
+from normkit.kernels import contract, loading, triton_launch, triton_prenorm
 from normkit.kernels.contract import Work
 from normkit.kernels.plan import plan_for
 from normkit.kernels.triton_channels import tile_of
 from normkit.kernels.triton_prenorm import add_norm
 from normkit.kernels.triton_rows import rows_of
+from normkit.kernels.triton_wide_launch import WideRows
 from normkit.statistics import Ghost
 from oracle import examine, observe
 from test_native import numbers, spread
@@ -72,6 +73,29 @@ def test_every_path_gives_what_the_norm_says(name):
     examine(layer, x)
     layer.activation = torch.nn.ReLU()
     examine(layer, x, residual)
+
+
+WIDE = [
+    pytest.param(shape, norm, marks=() if shape == (3, 300) else pytest.mark.slow)
+    for shape in ((3, 300), (1, 1000), (20, 65))
+    for norm in (nk.LayerNorm, nk.RMSNorm)
+]
+
+
+@pytest.mark.parametrize(("shape", "norm"), WIDE)
+def test_few_rows_that_are_wider_than_a_tile_are_split(shape, norm, monkeypatch):
+    monkeypatch.setattr(triton_launch, "processors", lambda device: 4)
+    monkeypatch.setattr("normkit.kernels.plan._plans", {})
+    layer, x, residual = spread(norm(shape[-1]), torch.float32), numbers(shape, torch.float32), torch.randn(shape)
+    layer.backend = "triton"
+    call = nk.explanation.recorded(layer, x)
+    kernel = plan_for(call, "triton").kernel
+    assert isinstance(kernel, WideRows)
+    assert kernel.parts > 1
+    examine(layer, x)
+    for activation in ("relu", "silu"):  # with bits, and with the residual kept
+        layer.activation = nk.epilogue.activation_module(activation)
+        examine(layer, x, residual)
 
 
 @pytest.mark.slow
@@ -329,9 +353,13 @@ def test_a_batch_with_nan_moves_no_statistics():
 # Add, then normalise.
 
 
-@pytest.mark.parametrize("features", [20, 70], ids=["one tile", "several tiles"])
+@pytest.mark.parametrize(
+    ("features", "gpu"), [(20, 1), (70, 1), (70, 4)], ids=["one tile", "several tiles", "split rows"]
+)
 @pytest.mark.parametrize("center", [True, False], ids=["layer", "rms"])
-def test_add_norm_is_the_two_steps_written_by_hand(center, features):
+def test_add_norm_is_the_two_steps_written_by_hand(center, features, gpu, monkeypatch):
+    monkeypatch.setattr(triton_launch, "processors", lambda device: gpu)
+    triton_prenorm._kernel.cache_clear()
     x, residual = numbers((9, features), torch.float32), torch.randn(9, features)
     weight, bias = 0.5 * torch.randn(features), torch.randn(features) if center else None
     of_y, of_h = torch.randn_like(x), torch.randn_like(x)

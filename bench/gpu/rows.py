@@ -102,6 +102,7 @@ _RMS_WIDE = Case("rms", (8192, 8192), "a 70B model", features_last=True)
 _RMS_SHORT = Case("rms", (131072, 128), "queries and keys: very short rows", features_last=True)
 _LAYER = Case("layer", (16384, 4096), "GPT, 16k tokens", features_last=True)
 _LAYER_WIDE = Case("layer", (1024, 12288), "GPT-3, one sequence: few wide rows", features_last=True)
+_LAYER_MAPS = Case("layer", (16, 2**20), "layer norm over whole maps: a few rows of a million", features_last=True)
 
 _BATCH = (Goal(0.80, 2.0, 1.2),)
 _BATCH_PLANES = (Goal(0.80, 2.5, 1.2),)
@@ -151,6 +152,7 @@ ROWS: tuple[Row, ...] = (
     *_calls(),
     Row(_CACHED, layout=_LAST, streamed=False),
     Row(_VOLUME_2),
+    Row(_LAYER_MAPS),
     Row(_BLOCK, dtype="float16", layout=_LAST),
     Row(_BLOCK, dtype="float32", layout=_LAST),
     Row(_UNET, dtype="float32", streamed=False),

@@ -10,13 +10,16 @@ import functools
 import math
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 from torch import Tensor
 
 from normkit.kernels import contract, triton_channels, triton_rows, triton_tile
+
+if TYPE_CHECKING:
+    from normkit.kernels.triton_wide_launch import WideRows
 
 TILE = 4096
 """Elements of 2 bytes in a tile; half as many of 4. With eight warps that is 16 elements and 100 registers a thread,
@@ -53,6 +56,11 @@ def launch(kernel: Any, programs: tuple[int, ...], *arguments: Any, **constants:
 def parts_of(needed: int) -> int:
     """The size of a tile axis for so many entries."""
     return triton.next_power_of_2(max(needed, 1))
+
+
+def tile_of(dtype: torch.dtype) -> int:
+    """Elements of a tile."""
+    return TILE if dtype.itemsize == 2 else TILE // 2
 
 
 def gradients_of(
@@ -96,7 +104,7 @@ class Channels:
         together = contract.positions_per_run(work) if self.columns else 1
         self.bits = contract.bits_needed(work) if epilogue.keeps_bits and contract.bits_are_bytes(work) else 0
         self.warps = 8
-        self._cut(TILE if dtype.itemsize == 2 else TILE // 2, device)
+        self._cut(tile_of(dtype), device)
         self.values = work.n * work.c * work.s // self.statistics
         run = contract.bit_bytes(together * work.c if self.columns else work.s)
         self._bits = (together, run, contract.section_bytes(work) if self.columns else 0)
@@ -303,7 +311,7 @@ class Rows:
         self.statistics = work.statistics
         self.bits = contract.bits_needed(work) if epilogue.keeps_bits else 0
         self.features = work.c
-        tile = TILE if dtype.itemsize == 2 else TILE // 2
+        tile = tile_of(dtype)
         if self.along_rows:
             samples, rows, self.period = work.n, work.s, 1
             strides = (1, work.s, work.s * work.c)
@@ -369,24 +377,32 @@ class Rows:
         return dx, *own, dresidual if through else (dy if need_residual else None)
 
 
-Kernel = Channels | Rows
+def rows_kernel(
+    work: contract.Work, dtype: torch.dtype, epilogue: Epilogue, center: bool, device: torch.device
+) -> Rows | WideRows:
+    """Rows that are wider than a tile and too few to fill the GPU are split; all others are not."""
+    from normkit.kernels.triton_wide_launch import WideRows
+
+    made = Rows(work, dtype, epilogue, center, device)
+    whole = made.one or made.along_rows or made.period > 1 or made.all_blocks >= processors(device)
+    return made if whole else WideRows(work, dtype, epilogue, center, device)
 
 
 def kernel_for(
     work: contract.Work, x: Tensor, activation: str | None, slope: float, residual: bool, center: bool, batch: bool
-) -> Kernel:
+) -> Channels | Rows | WideRows:
     """The kernel for a shape of work."""
     epilogue = Epilogue(activation, slope, residual)
     if work.shape in ("planes", "columns"):
-        made: Kernel = Channels(work, x.dtype, epilogue, batch, x.device)
+        made: Channels | Rows | WideRows = Channels(work, x.dtype, epilogue, batch, x.device)
     else:
-        made = Rows(work, x.dtype, epilogue, center, x.device)
+        made = rows_kernel(work, x.dtype, epilogue, center, x.device)
     if os.environ.get("NORMKIT_TUNE") == "1" and x.is_cuda and not torch.cuda.is_current_stream_capturing():
         tune(made, x)
     return made
 
 
-def tune(kernel: Kernel, x: Tensor) -> None:
+def tune(kernel: Channels | Rows | WideRows, x: Tensor) -> None:
     """Choose the number of warps by the time of a forward and a backward pass.
 
     Other warps add in another order: bits then depend on what was faster.

@@ -16,7 +16,7 @@ from torch import Tensor
 from normkit.kernels.contract import Work
 from normkit.kernels.plan import alike
 from normkit.kernels.triton import INTERPRETED, TYPES
-from normkit.kernels.triton_launch import Epilogue, Rows
+from normkit.kernels.triton_launch import Epilogue, rows_kernel
 
 
 def add_norm(
@@ -82,8 +82,8 @@ def _misfit(x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | N
 
 
 @functools.lru_cache(maxsize=4096)
-def _kernel(rows: int, c: int, dtype: torch.dtype, center: bool, device: torch.device) -> Rows:
-    return Rows(Work("rows", rows, c, 1, 1), dtype, Epilogue(None, 0.0, False), center, device)
+def _kernel(rows: int, c: int, dtype: torch.dtype, center: bool, device: torch.device) -> Any:
+    return rows_kernel(Work("rows", rows, c, 1, 1), dtype, Epilogue(None, 0.0, False), center, device)
 
 
 def _forward(
