@@ -23,7 +23,7 @@ GPU = ROOT / "bench" / "gpu"
 def gpu():
     """The scripts as modules."""
     sys.path.insert(0, str(GPU))
-    names = ("rows", "clocks", "contenders", "models", "verdict", "measure")
+    names = ("rows", "clocks", "contenders", "models", "paths", "verdict", "measure")
     try:
         yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
     finally:
@@ -105,13 +105,24 @@ def test_fractions_and_ratios_are_those_of_the_times(gpu, monkeypatch):
     toy = row.toy.case
     assert mine["floor_bytes"] == toy.size("bfloat16") * toy.floor(True)[1]
     assert mine["of_copy"]["step"] == pytest.approx(mine["floor_bytes"] / 2e-3 / 1e9)
-    assert mine["of_copy"]["forward"] == pytest.approx(
-        4 * toy.size("bfloat16") / 1e-3 / 1e9
-    )
+    assert mine["of_copy"]["forward"] == pytest.approx(4 * toy.size("bfloat16") / 1e-3 / 1e9)
     assert eager["state"] == "measured"
     assert "capturing" in mine["graph_why"]
     line = gpu.measure.table(records).splitlines()[1].split()
     assert line[-5:] == ["2.50", "1.50", "1.00", "missed:", "copy"]
+
+
+def test_a_path_that_is_wrong_is_red(gpu, monkeypatch):
+    import torch
+
+    ones = torch.ones(4)
+    path = lambda dtype, device: iter([("y", ones, ones.double()), ("x", ones * 1.25, ones.double())])
+    monkeypatch.setitem(gpu.paths.PATHS, "evaluation", path)
+    records = gpu.measure.run([], [], Clock(), 8.0, lambda record: None, ["evaluation"])
+    assert [(r["state"], r["why"][:18]) for r in records if r["kind"] == "parity"] == [
+        ("red", "x: error 2.5e-01, ")
+    ] * 3
+    assert "parity: 0 of 3 green" in gpu.measure.table(records)
 
 
 def test_the_table_says_of_every_goal_whether_it_is_reached(gpu):
@@ -203,4 +214,5 @@ def test_the_rehearsal_takes_every_path_and_writes_records(tmp_path):
     assert states == {"measured"}
     checks = [json.loads(line) for line in (tmp_path / "parity.jsonl").read_text().splitlines()][1:]
     assert {record["state"] for record in checks} == {"green"}
+    assert {record["row"] for record in checks} >= {"evaluation", "halves", "compiled", "added"}
     assert nk.dispatch.TRITON.name == "triton"

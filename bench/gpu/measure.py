@@ -1,9 +1,9 @@
 """Parity of the Triton kernels on a GPU, then their speed, in 8 minutes: ``python bench/gpu/measure.py``.
 
-Parity comes first: every row on a smaller tensor against the float64 oracle, in all three types. A row that is red is
-not timed, and the status is 1. What the time does not suffice for is recorded as ``no time``: first come the rows with
-a goal, then models, other rows, other contenders, each in the order of ``rows.py``. Records are JSON lines below
-``records/bench/gpu/<commit>/``; the table comes last.
+Parity comes first: every row on a smaller tensor against the float64 oracle, in all three types, and the paths that no
+row takes (``paths.py``). A row that is red is not timed, and the status is 1. What the time does not suffice for is
+recorded as ``no time``: first come the rows with a goal, then models, other rows, other contenders, each in the order
+of ``rows.py``. Records are JSON lines below ``records/bench/gpu/<commit>/``; the table comes last.
 
     python bench/gpu/measure.py                     # all of it
     python bench/gpu/measure.py --only 'group_norm*'
@@ -18,7 +18,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ if "--rehearse" in sys.argv:  # settled when Triton is loaded
     os.environ["TRITON_INTERPRET"] = "1"
 
 import models  # noqa: E402
+import paths  # noqa: E402
 import torch  # noqa: E402
 from clocks import DeviceClock, Rehearsal, measured  # noqa: E402
 from contenders import OURS, Absent, contenders, forgetting, further  # noqa: E402
@@ -122,7 +123,9 @@ def _refused(chosen: list[Row], toy: bool, device: str, out_of_time: Any, keep: 
             yield row, found[place]
 
 
-def run(chosen: list[Row], wanted_models: list[str], clock: Any, minutes: float, write: Any) -> list[Record]:
+def run(
+    chosen: list[Row], wanted_models: list[str], clock: Any, minutes: float, write: Any, ways: Sequence[str] = ()
+) -> list[Record]:
     """Parity, rows with a goal, models, other rows, other contenders; a record is written as soon as it is there."""
     begin, toy = time.monotonic(), clock.device == "cpu"
     out_of_time = lambda needed: time.monotonic() - begin + needed > 60 * minutes
@@ -135,6 +138,9 @@ def run(chosen: list[Row], wanted_models: list[str], clock: Any, minutes: float,
 
     sized = {row.name: row.toy if toy else row for row in chosen}
     refused = {row.name: why for row, why in _refused(chosen, toy, clock.device, out_of_time, keep)}
+    for way in ways:
+        for record in paths.checks(way, clock.device) if not out_of_time(CHECKING) else ():
+            keep(record)
     bandwidth = clock.copy_bandwidth()
     keep({"kind": "copy", "bytes_per_second": bandwidth})
 
@@ -180,7 +186,7 @@ def commit() -> str:
 
 def main(argv: list[str]) -> int:
     asked = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    asked.add_argument("--only", action="append", default=[], help="rows or models whose name fits this pattern")
+    asked.add_argument("--only", action="append", default=[], help="rows, models or paths whose name fits this pattern")
     asked.add_argument("--minutes", type=float, default=8.0, help="nothing is begun that would end later")
     asked.add_argument("--out", type=Path, help="directory of the records; default records/bench/gpu/<commit>")
     asked.add_argument("--rehearse", action="store_true", help="on a CPU, in Triton's interpreter: no figures")
@@ -190,9 +196,10 @@ def main(argv: list[str]) -> int:
         return 2
     chosen = [row for row in ROWS if _fits(row.name, options.only)]
     wanted = [name for name in MODELS if _fits(name, options.only)]
-    if not chosen and not wanted:
-        print(f"error: no row and no model fits {options.only}.\n  choose from:")
-        print("\n".join(f"    {name}" for name in (*(row.name for row in ROWS), *MODELS)))
+    ways = [name for name in paths.PATHS if _fits(name, options.only)]
+    if not chosen and not wanted and not ways:
+        print(f"error: no row, model or path fits {options.only}.\n  choose from:")
+        print("\n".join(f"    {name}" for name in (*(row.name for row in ROWS), *MODELS, *paths.PATHS)))
         return 2
     clock = Rehearsal() if options.rehearse else DeviceClock()
     if options.rehearse and options.out is None:
@@ -202,7 +209,7 @@ def main(argv: list[str]) -> int:
         directory.mkdir(parents=True, exist_ok=True)
         write = _writer(directory)
     write(environment(clock))
-    records = run(chosen, wanted, clock, options.minutes, write)
+    records = run(chosen, wanted, clock, options.minutes, write, ways)
     print(table(records))
     if options.rehearse:
         print("a rehearsal: every time above is that of an interpreter on toy shapes")

@@ -1,0 +1,166 @@
+"""Parity of what no row takes: evaluation, statistics merged in between, add_norm, graphs, more than 2**31 elements."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import normkit as nk
+from normkit.kernels.triton_prenorm import add_norm
+from normkit.statistics import Ghost
+
+Pair = tuple[str, Tensor, Tensor]
+"""What, as found, as it should be in float64."""
+DTYPES = ("float32", "bfloat16", "float16")
+FEW = 8
+"""Elements at the end of a huge tensor that are compared."""
+
+
+def _draw(shape: tuple[int, ...], dtype: torch.dtype, device: str, seed: int = 0) -> Tensor:
+    values = torch.empty(shape).normal_(0.5, 2.0, generator=torch.Generator().manual_seed(seed))
+    return values.to(device, dtype)
+
+
+def _all_of(layer: Callable[..., Tensor], own: nn.Module, *inputs: Tensor) -> dict[str, Tensor]:
+    """Output, and gradients of inputs and parameters."""
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    y = layer(leaves[0], residual=leaves[1])
+    of = {"x": leaves[0], "residual": leaves[1], **dict(own.named_parameters())}
+    upstream = _draw(tuple(y.shape), torch.float32, "cpu", 3).to(y.device, y.dtype)
+    return {"y": y.detach(), **dict(zip(of, torch.autograd.grad(y, list(of.values()), upstream), strict=True))}
+
+
+def _against_oracle(
+    own: nn.Module, dtype: torch.dtype, device: str, around: Callable[[nn.Module], Any] = lambda layer: layer
+) -> Iterator[Pair]:
+    inputs = [_draw((6, 24, 9, 7), dtype, device, seed) for seed in (1, 2)]
+    exact: Any = copy.deepcopy(own).double()
+    exact.backend = "torch" if own.statistics else "reference"  # the oracle knows no merged statistics
+    found = _all_of(around(own.to(device)), own, *inputs)
+    right = _all_of(exact, exact, *(t.cpu().double() for t in inputs))
+    yield from ((name, found[name], right[name]) for name in right)
+
+
+def _layer(**options: Any) -> nn.Module:
+    layer = nk.BatchNorm2d(24, activation="silu", backend="triton", **options)
+    with torch.no_grad():
+        layer.weight.uniform_(0.5, 1.5)
+        layer.bias.uniform_(-0.5, 0.5)
+        layer.running_mean.uniform_(-1, 1)
+        layer.running_var.uniform_(0.5, 2)
+    return layer
+
+
+def evaluation(dtype: torch.dtype, device: str) -> Iterator[Pair]:
+    """Running statistics."""
+    yield from _against_oracle(_layer().eval(), dtype, device)
+
+
+def halves(dtype: torch.dtype, device: str) -> Iterator[Pair]:
+    """Measured by one launch, normalised by another: ghost batches."""
+    yield from _against_oracle(_layer(statistics=Ghost(2)), dtype, device)
+
+
+def compiled(dtype: torch.dtype, device: str) -> Iterator[Pair]:
+    """One graph of Inductor's."""
+    whole = lambda layer: torch.compile(layer, fullgraph=True)
+    yield from _against_oracle(_layer(), dtype, device, whole)
+
+
+def added(dtype: torch.dtype, device: str) -> Iterator[Pair]:
+    """``add_norm``, both outputs, with 1 + weight: rows that fit into a tile, and few that do not."""
+    for shape in ((70, 200), (5, 20_000)):
+        leaves = [_draw(shape, dtype, device, 1), _draw(shape, dtype, device, 2), _draw(shape[1:], dtype, device, 3)]
+        found = _added(add_norm, [t.requires_grad_() for t in leaves])
+        right = _added(_by_hand, [t.detach().cpu().double().requires_grad_() for t in leaves])
+        yield from ((f"{name} of {shape}", found[name], right[name]) for name in right)
+
+
+def _added(function: Any, leaves: list[Tensor]) -> dict[str, Tensor]:
+    y, h = function(*leaves, weight_offset=1.0)
+    gradients = torch.autograd.grad((y, h), leaves, (torch.ones_like(y) + leaves[1].detach(), torch.ones_like(h)))
+    return {"y": y.detach(), "h": h.detach(), **dict(zip(("x", "residual", "weight"), gradients, strict=True))}
+
+
+def _by_hand(x: Tensor, residual: Tensor, weight: Tensor, weight_offset: float) -> tuple[Tensor, Tensor]:
+    h = x + residual
+    return nn.functional.layer_norm(h, h.shape[-1:], weight + weight_offset), h
+
+
+def replayed(dtype: torch.dtype, device: str) -> Iterator[Pair]:
+    """A CUDA graph of forward and backward, replayed on other numbers than it was captured with."""
+    if device == "cpu":
+        return
+    own = _layer().to(device)
+    inputs = [_draw((6, 24, 9, 7), dtype, device, seed) for seed in (5, 6)]
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        _all_of(own, own, *inputs)
+    torch.cuda.synchronize()
+    # what _all_of copies from the CPU cannot be captured
+    leaves, upstream = [t.requires_grad_() for t in inputs], torch.ones_like(inputs[0])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        y = own(leaves[0], residual=leaves[1])
+        dx, dweight = torch.autograd.grad(y, (leaves[0], own.weight), upstream)
+    with torch.no_grad():
+        leaves[0].copy_(_draw((6, 24, 9, 7), dtype, device, 7))
+    graph.replay()
+    exact: Any = copy.deepcopy(own).cpu().double()
+    exact.backend = "reference"
+    x, residual = (t.detach().cpu().double().requires_grad_() for t in leaves)
+    right = exact(x, residual=residual)
+    wanted = torch.autograd.grad(right, (x, exact.weight), torch.ones_like(right))
+    yield from (("y", y, right), ("x", dx, wanted[0]), ("weight", dweight, wanted[1]))
+
+
+def huge(dtype: torch.dtype, device: str) -> Iterator[Pair]:
+    """The end of tensors of more than 2**31 elements: rows, and two channels."""
+    if device == "cpu" or dtype != torch.bfloat16:
+        return
+    x = torch.empty(2**21 + 3, 1024, dtype=dtype, device=device).normal_().requires_grad_()
+    y = nk.RMSNorm(1024, eps=1e-5, device=device, dtype=dtype, backend="triton")(x)
+    (dx,) = torch.autograd.grad(y, x, y.detach())
+    last = x[-FEW:].detach().double().requires_grad_()
+    right = nn.functional.rms_norm(last, (1024,), eps=1e-5)
+    (wanted,) = torch.autograd.grad(right, last, y[-FEW:].detach().double())
+    yield from (("y of rows", y[-FEW:], right), ("x of rows", dx[-FEW:], wanted))
+    del x, y, dx
+    planes = torch.empty(1, 2, 2**15, 2**15 + 1, dtype=dtype, device=device).normal_(3.0, 2.0)
+    z = nk.BatchNorm2d(2, device=device, backend="triton")(planes)[0, :, -1, -FEW:]
+    for channel in range(2):
+        var, mean = torch.var_mean(planes[0, channel].float(), correction=0)
+        exact = (planes[0, channel, -1, -FEW:].double() - mean.double()) * torch.rsqrt(var.double() + 1e-5)
+        yield f"y of channel {channel}", z[channel], exact
+
+
+PATHS: dict[str, Callable[[torch.dtype, str], Iterator[Pair]]] = {
+    path.__name__: path for path in (evaluation, halves, compiled, added, replayed, huge)
+}
+
+
+def checks(name: str, device: str) -> Iterator[dict[str, Any]]:
+    """One record per type."""
+    for word in DTYPES:
+        dtype = getattr(torch, word)
+        record = {"kind": "parity", "row": name, "dtype": word}
+        limit = 8 * torch.finfo(dtype).eps + 1e-5
+        try:
+            errors = {what: _distance(got, wanted) for what, got, wanted in PATHS[name](dtype, device)}
+        except Exception as error:
+            yield {**record, "state": "red", "why": f"{type(error).__name__}: {str(error)[:300]}"}
+            continue
+        wrong = [
+            f"{what}: error {error:.1e}, may be {limit:.1e}" for what, error in errors.items() if not error <= limit
+        ]
+        if errors:
+            yield {**record, "state": "red" if wrong else "green", "why": "; ".join(wrong) or None, "errors": errors}
+
+
+def _distance(got: Tensor, wanted: Tensor) -> float:
+    wanted = wanted.detach().cpu().double()
+    return float((got.detach().cpu().double() - wanted).norm() / wanted.norm())
