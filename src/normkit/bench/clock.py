@@ -20,7 +20,7 @@ RETRIES = 2
 LEAST_ROUNDS = 4
 """No time limit stops before this many."""
 TOLERATED = 5
-"""Times per second that a sample may lose a processor: a few milliseconds each, so that a step of seconds can be quiet."""
+"""Times per second that a sample may lose a processor: milliseconds each, so that a step of seconds can be quiet."""
 
 
 @dataclass(frozen=True)
