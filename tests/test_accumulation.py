@@ -112,7 +112,9 @@ def test_whatever_normalises_the_moments_of_the_input_are_pooled(policy, masked)
     assert_close(layer, wanted)
 
 
-@pytest.mark.parametrize(("momentum", "compiled"), [(0.1, False), (None, False), (0.1, True)])
+@pytest.mark.parametrize(
+    ("momentum", "compiled"), [(0.1, False), (None, False), pytest.param(0.1, True, marks=pytest.mark.slow)]
+)
 def test_every_domain_and_step_pools_its_own_and_the_layer_pools_all(momentum, compiled):
     torch._dynamo.reset()
     layer = nk.BatchNorm1d(CHANNELS, momentum=momentum, statistics=nk.statistics.PerStep(3))

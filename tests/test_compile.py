@@ -63,7 +63,9 @@ def assert_compiles(form: Form, backend: str) -> None:
         assert not counters["graph_break"]
 
 
-@pytest.mark.parametrize("form", PLANAR, ids=str)
+@pytest.mark.parametrize(
+    "form", [form if form.spec.twin else pytest.param(form, marks=pytest.mark.slow) for form in PLANAR], ids=str
+)
 def test_one_graph_in_training_and_in_evaluation_with_eagers_numbers(form):
     assert_compiles(form, "aot_eager")
 
@@ -121,7 +123,7 @@ def test_the_cumulative_average_needs_no_second_graph(twin):
     assert mine.num_batches_tracked.item() == (3 if twin.mixes_samples else 0)
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("value", [torch.nan, pytest.param(torch.inf, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("twin", [t for t in TRACKING if all(t.options.values())], ids=str)
 def test_compiled_statistics_are_guarded_too(twin, value):
     layer = twin.layer()

@@ -120,9 +120,9 @@ def _options(experiment: Experiment, arm: Arm) -> dict[str, Any]:
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for name, (_, needed) in asked.items():
         if needed and not takes_all and name not in parameters:
+            meant = "" if name in OPTIONS else nearest(name, (*OPTIONS, *parameters))
             raise LabError(
-                f"arm {arm.name!r} needs `{name}`{nearest(name, (*OPTIONS, *parameters))}, but the model builder of "
-                f"{experiment.name} takes ({', '.join(parameters)}); add a parameter `{name}` to the builder or leave "
-                "the arm out"
+                f"arm {arm.name!r} needs `{name}`{meant}, but the model builder of {experiment.name} takes "
+                f"({', '.join(parameters)}); add a parameter `{name}` to the builder or leave the arm out"
             )
     return {name: value for name, (value, _) in asked.items() if takes_all or name in parameters}
