@@ -7,6 +7,7 @@ import math
 import mmap
 import random
 import statistics
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -123,15 +124,30 @@ def test_a_sample_calls_once_untimed_and_counts_the_faults_of_the_rest():
 
 
 @pytest.mark.parametrize(
-    ("switches", "seconds", "preempted"),
-    [((7, 7), 0.0, False), ((7, 8), 0.0, True), ((7, 8), 0.1, True), ((7, 17), 2.0, False), ((7, 18), 2.0, True)],
+    ("switches", "seconds", "waited", "preempted"),
+    [
+        ((7, 7), 0.01, (0.0, 0.0), False),
+        ((7, 8), 0.01, (0.0, 0.0), True),
+        ((7, 8), 0.01, (None, None), True),
+        ((7, 90), 2.0, (5.0, 5.019), False),  # a moment
+        ((7, 8), 2.0, (5.0, 5.021), True),
+        ((7, 8), 2.0, (None, None), True),  # nobody counts
+    ],
 )
-def test_a_sample_that_lost_its_processor_says_so(monkeypatch, switches, seconds, preempted):
+def test_a_sample_that_lost_its_processor_says_so(monkeypatch, switches, seconds, waited, preempted):
     usage = iter(SimpleNamespace(ru_nivcsw=count, ru_minflt=0) for count in switches)
+    times, waits = iter((0.0, seconds / 2, seconds)), iter(waited)
     monkeypatch.setattr(clock.resource, "getrusage", lambda who: next(usage))
-    times = iter((0.0, seconds / 2, seconds))
     monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter=lambda: next(times)))
+    monkeypatch.setattr(clock, "seconds_waited", lambda: next(waits))
     assert take(Step(lambda: None, lambda result: None)).preempted == preempted
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="this kernel does not count waits")
+def test_waiting_for_a_processor_is_counted():
+    before = clock.seconds_waited()
+    assert before is not None
+    assert clock.seconds_waited() >= before >= 0
 
 
 def test_rounds_with_a_preempted_sample_are_dropped():

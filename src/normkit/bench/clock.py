@@ -6,12 +6,13 @@ timed one. The order changes from round to round, so that no peer always follows
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import glob
 import random
 import resource
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +20,9 @@ RETRIES = 2
 """How often a preempted sample is taken again within its round."""
 LEAST_ROUNDS = 4
 """No time limit stops before this many."""
-TOLERATED = 5
-"""Times per second that a sample may lose a processor: milliseconds each, so that a step of seconds can be quiet."""
+LONG, TOLERATED = 0.1, 0.01
+"""Seconds from which on a sample may lose its processor, and the share of it that its threads may wait: no second is
+without a moment of the kernel's own."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Sample:
     forward: float
     whole: float
     preempted: bool
-    """It lost a processor more than ``TOLERATED`` times per second; a short one: at all."""
+    """It lost its processor; a long one: for more than ``TOLERATED`` of its time."""
     faults: float
     """Page faults per call."""
 
@@ -51,7 +53,7 @@ def take(step: Step, repeats: int = 1, settle: Callable[[], None] = lambda: None
     step.finish(step.forward())
     settle()
     forward = whole = 0.0
-    before = resource.getrusage(resource.RUSAGE_SELF)
+    before, waited = resource.getrusage(resource.RUSAGE_SELF), seconds_waited()
     for _ in range(repeats):
         start = time.perf_counter()
         result = step.forward()
@@ -64,12 +66,24 @@ def take(step: Step, repeats: int = 1, settle: Callable[[], None] = lambda: None
         whole += end - start
         del result, gradients
     after = resource.getrusage(resource.RUSAGE_SELF)
+    preempted = after.ru_nivcsw > before.ru_nivcsw
+    if preempted and waited is not None and whole > LONG:
+        preempted = (seconds_waited() or 0.0) - waited > TOLERATED * whole
     return Sample(
         forward / repeats,
         whole / repeats,
-        after.ru_nivcsw - before.ru_nivcsw > TOLERATED * whole,
+        preempted,
         (after.ru_minflt - before.ru_minflt) / repeats,
     )
+
+
+def seconds_waited() -> float | None:
+    """How long all threads of this process have waited for a processor that was taken; ``None`` where nobody counts."""
+    waits = []
+    for file in glob.glob("/proc/self/task/*/schedstat"):
+        with contextlib.suppress(OSError), open(file, encoding="ascii") as counters:  # a thread may end meanwhile
+            waits.append(int(counters.read().split()[1]))
+    return sum(waits) / 1e9 if waits else None
 
 
 def interleave(
@@ -111,7 +125,7 @@ def _patiently(name: str, sample: Callable[[str], Sample]) -> Sample:
     return taken
 
 
-@contextmanager
+@contextlib.contextmanager
 def _no_collection() -> Any:
     """The garbage collector at rest: it would strike one peer and not the other."""
     enabled = gc.isenabled()
