@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from normkit import strategies
 from normkit.lab import LabError
 from normkit.lab.arm import Arm, parse_arm, parse_arms
 from normkit.lab.build import check_arms
@@ -28,6 +29,10 @@ from normkit.lab.parallel import Parallel, cores, parse_parallel
         ("adamw+layer+init:2+dropout:.5", Arm("layer", optimizer="adamw", init=2.0, dropout=0.5)),
         ("batch+scale:0.1+ffn:batch", Arm("batch", choices=(("ffn", "batch"), ("scale", 0.1)))),
         ("progressive:400+qk:rms", Arm("progressive:400", choices=(("qk", "rms"),))),
+        (
+            "layer->rms@50%+qk:rms",
+            Arm("layer", strategy=str(strategies.parse("rms@50%")), choices=(("qk", "rms"),)),
+        ),
     ],
 )
 def test_an_arm_reads_as_it_is_written(text, arm):

@@ -126,7 +126,7 @@ def parse_arm(text: str) -> Arm:
     phases = [part for part in parts if "->" in part or "@" in part or part.startswith("recalibrate/")]
     norms = [part for part in parts if part.lower() not in OPTIMIZERS and part not in (*options, *phases)]
     choices = [part for part in norms if ":" in part and not _is_norm(part)]
-    norms = [part for part in norms if part not in choices] or choices[:1]
+    norms = [part for part in norms if part not in choices] or ([] if phases else choices[:1])
     if sorted(optimizers) == ["momentum", "sgd"]:
         optimizers = ["momentum"]  # `sgd+momentum` says the same in more words
     if len(optimizers) > 1:
