@@ -14,15 +14,19 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from normkit.kernels import triton_launch
+from normkit.kernels import triton_channels_launch, triton_launch, triton_rows_launch
 from normkit.kernels.contract import Work
-from normkit.kernels.triton_launch import Channels, Epilogue, kernel_for, rows_kernel
+from normkit.kernels.triton import _settling
+from normkit.kernels.triton_channels_launch import Channels
+from normkit.kernels.triton_launch import Epilogue, Launch, kernel_for
+from normkit.kernels.triton_rows_launch import rows_kernel
 
 NAMES = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.uint8: "*u8",
+    torch.int64: "*i64",
 }
 WORKS = (
     Work("planes", 4, 64, 196, 0),
@@ -39,23 +43,33 @@ WORKS = (
 )
 
 
-triton_launch.processors = lambda device: 132  # those of an H200: few rows are split
+for _module in (triton_launch, triton_channels_launch, triton_rows_launch):
+    _module.processors = lambda device: 132  # those of an H200: few rows are split
 
 
-class Caught(list):
-    """Stands for ``launch``."""
-
-    def __call__(self, kernel: Any, programs: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-        self.append((kernel, arguments, constants))
+Caught = list[tuple[Any, tuple, dict[str, Any]]]
+"""Kernels with their arguments and constants."""
 
 
 def launches(work: Work, dtype: torch.dtype, activation: str | None, *, residual: bool, wide: bool = False) -> Caught:
     """What a forward and a backward pass launch; nothing is computed."""
-    caught = Caught()
-    shape = (work.n, work.c, work.s)
-    x = torch.empty(shape, dtype=dtype)
+    caught: Caught = []
+
+    def catch(launch: Launch, *tensors: torch.Tensor | None, more: tuple[float, ...] = ()) -> None:
+        caught.append((launch.kernel, (*tensors, *launch.numbers, *more), launch.constants))
+
+    before, Launch.__call__ = Launch.__call__, catch
+    is_wide, triton_launch.is_wide = triton_launch.is_wide, lambda work: wide
+    try:
+        _pass_both_ways(work, dtype, activation, residual)
+    finally:
+        Launch.__call__, triton_launch.is_wide = before, is_wide
+    return caught
+
+
+def _pass_both_ways(work: Work, dtype: torch.dtype, activation: str | None, residual: bool) -> None:
+    x = torch.empty((work.n, work.c, work.s), dtype=dtype)
     kernel = kernel_for(work, x, activation, 0.0, residual, True, True)
-    kernel.constants["WIDE"] = wide
     channels = work.c * (work.groups if work.shape == "rows" else 1)
     weight, bias, stats = torch.ones(channels), torch.zeros(channels), torch.ones(2 * work.statistics)
     running = (
@@ -63,22 +77,19 @@ def launches(work: Work, dtype: torch.dtype, activation: str | None, *, residual
     )
     bits = torch.empty(kernel.bits, dtype=torch.uint8) if kernel.bits else None
     added = x if residual else None
-    before, triton_launch.launch = triton_launch.launch, caught
-    try:
-        kernel.forward(x, added, weight, bias, running, running, 0.1, 1e-5, bits)
-        kept = added if bits is None and activation else None
-        kernel.backward(x, x, kept, weight, bias, stats, bits, (True, True, True, residual))
-        if isinstance(kernel, Channels):
-            kernel.normalise(x, added, weight, bias, stats, bits)
-            kernel.gradients(x, x, kept, weight, bias, stats, bits, stats, (True, residual))
-        if work.shape == "rows" and work.groups == 1:  # add_norm, in every type
-            plain = rows_kernel(work, dtype, Epilogue(None, 0.0, False), True, x.device)
-            plain.constants["WIDE"] = wide
-            plain.forward(x, x, weight, bias, None, None, 0.0, 1e-5, None, summed=x, before=True, offset=1.0)
-            plain.backward(x, x, None, weight, bias, stats, None, (True, True, True, False), dsummed=x, offset=1.0)
-    finally:
-        triton_launch.launch = before
-    return caught
+    kernel.forward(x, added, weight, bias, running, running, 0.1, 1e-5, bits)
+    kept = added if bits is None and activation else None
+    kernel.backward(x, x, kept, weight, bias, stats, bits, (True, True, True, residual))
+    if isinstance(kernel, Channels):
+        kernel.normalise(x, added, weight, bias, stats, bits)
+        kernel.gradients(x, x, kept, weight, bias, stats, bits, None, (True, residual))
+        if running[0] is not None:
+            counter = torch.tensor(0)
+            _settling(channels)(*running, *running, counter, counter)
+    if work.shape == "rows" and work.groups == 1:  # add_norm, in every type
+        plain = rows_kernel(work, dtype, Epilogue(None, 0.0, False), True, x.device)
+        plain.forward(x, x, weight, bias, None, None, 0.0, 1e-5, None, summed=x, before=True, offset=1.0)
+        plain.backward(x, x, None, weight, bias, stats, None, (True, True, True, False), dsummed=x, offset=1.0)
 
 
 def source_of(kernel: Any, arguments: tuple, constants: dict[str, Any]) -> ASTSource:

@@ -16,10 +16,19 @@ import triton.language as tl
 from torch import Tensor
 
 import normkit as nk
-from normkit.kernels import contract, loading, triton_launch, triton_prenorm
+from normkit.kernels import (
+    contract,
+    loading,
+    triton_channels_launch,
+    triton_launch,
+    triton_prenorm,
+    triton_rows_launch,
+    triton_wide_launch,
+)
 from normkit.kernels.contract import Work
 from normkit.kernels.plan import plan_for
 from normkit.kernels.triton_channels import tile_of
+from normkit.kernels.triton_channels_launch import Channels
 from normkit.kernels.triton_prenorm import add_norm
 from normkit.kernels.triton_rows import rows_of
 from normkit.kernels.triton_wide_launch import WideRows
@@ -30,8 +39,20 @@ from test_native import numbers, spread
 
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch):
-    monkeypatch.setattr(triton_launch, "TILE", 512)
-    monkeypatch.setattr(triton_launch, "WIDEST", 32)
+    for name in ("MEASURING", "SUMMING", "WRITING"):
+        paces = getattr(triton_channels_launch, name)
+        small = {shape: pace._replace(tile=512) for shape, pace in paces.items()}
+        monkeypatch.setattr(triton_channels_launch, name, small)
+    monkeypatch.setattr(triton_rows_launch, "TILE", 512)
+    monkeypatch.setattr(triton_rows_launch, "WIDEST", 32)
+    monkeypatch.setattr(triton_wide_launch, "PACE", triton_wide_launch.PACE._replace(tile=512))
+    processors(1, monkeypatch)
+
+
+def processors(count: int, monkeypatch) -> None:
+    """Of a GPU that is not there."""
+    for module in (triton_launch, triton_channels_launch, triton_rows_launch):
+        monkeypatch.setattr(module, "processors", lambda device: count)
 
 
 PATHS = {  # norm, shape, channels last
@@ -77,14 +98,14 @@ def test_every_path_gives_what_the_norm_says(name):
 
 WIDE = [
     pytest.param(shape, norm, marks=() if shape == (3, 300) else pytest.mark.slow)
-    for shape in ((3, 300), (1, 1000), (20, 65))
+    for shape in ((3, 300), (1, 1000), (20, 200))
     for norm in (nk.LayerNorm, nk.RMSNorm)
 ]
 
 
 @pytest.mark.parametrize(("shape", "norm"), WIDE)
 def test_few_rows_that_are_wider_than_a_tile_are_split(shape, norm, monkeypatch):
-    monkeypatch.setattr(triton_launch, "processors", lambda device: 4)
+    processors(4, monkeypatch)
     monkeypatch.setattr("normkit.kernels.plan._plans", {})
     layer, x, residual = spread(norm(shape[-1]), torch.float32), numbers(shape, torch.float32), torch.randn(shape)
     layer.backend = "triton"
@@ -137,14 +158,7 @@ def test_64_bit_indices_give_the_same_bits(name, monkeypatch):
     layer.activation = torch.nn.ReLU()
     upstream = torch.randn_like(x)
     narrow = observe(copy.deepcopy(layer), x, residual, upstream)
-    made = triton_launch.kernel_for
-
-    def wide(*given):
-        kernel = made(*given)
-        kernel.constants["WIDE"] = True
-        return kernel
-
-    monkeypatch.setattr(triton_launch, "kernel_for", wide)
+    monkeypatch.setattr(triton_launch, "is_wide", lambda work: True)
     monkeypatch.setattr("normkit.kernels.plan._plans", {})
     found = observe(copy.deepcopy(layer), x, residual, upstream)
     assert all(torch.equal(narrow[what], found[what]) for what in narrow)
@@ -156,17 +170,21 @@ def test_2_to_the_31_elements_get_64_bit_indices():
             work = Work(shape, n, 2**10, 2**10 if shape != "rows" else 1, 0 if shape != "rows" else 1)
             if shape == "rows":
                 work = Work("rows", n * 2**10, 2**10, 1, 1)
+            assert triton_launch.is_wide(work) is wide
             kernel = triton_launch.kernel_for(work, torch.empty(0), None, 0.0, False, True, True)
-            assert kernel.constants["WIDE"] is wide
+            launches = [value for value in vars(kernel).values() if isinstance(value, triton_launch.Launch)]
+            constants = [launch.constants["WIDE"] for launch in launches if "WIDE" in launch.constants]
+            assert constants
+            assert all(found is wide for found in constants)
 
 
 @triton.jit
 def _places(offsets, rows, number, c, s, BC: tl.constexpr, BP: tl.constexpr):
     """Where a tile of the last positions lies, and the rows of the last block."""
-    channels, lane = tl.arange(0, BC)[:, None], tl.arange(0, BP)[None, :]
-    section = tl.zeros([1, 1], tl.int64)
+    channels, lane = tl.arange(0, BC), tl.arange(0, BP)
+    section = tl.full([], 0, tl.int64)
     where, valid, _, _ = tile_of(number, section, channels, channels < c, 1, c, s, s, 1, number + 1, BP, True, False)
-    tl.store(offsets + channels * BP + lane, tl.where(valid, where, -1))
+    tl.store(offsets + (channels * BP)[:, None] + lane[None, :], tl.where(valid, where, -1))
     _, r, inside = rows_of(number, number + 1, 0, 1, s, BC, True)
     tl.store(rows + channels, tl.where(inside, r, -1))
 
@@ -194,12 +212,14 @@ def test_running_statistics_after_some_steps_are_torchs(momentum):
     torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
 
 
-def _one_too_few(kernel: triton_launch.Channels) -> None:
+def _one_too_few(kernel: Channels) -> None:
     kernel.values -= 1
+    kernel.prepare()
 
 
-def _a_part_left_out(kernel: triton_launch.Channels) -> None:
-    kernel.programs = (kernel.programs[0], kernel.programs[1] - 1)
+def _a_part_left_out(kernel: Channels) -> None:
+    launch = kernel._normalise
+    launch.grid = (launch.grid[0], launch.grid[1] - 1, 1)
 
 
 @pytest.mark.slow
@@ -228,19 +248,19 @@ TUNED = {
 
 @pytest.mark.parametrize("name", TUNED)
 def test_tuning_takes_the_fastest_number_of_warps_for_forward_and_backward(name, monkeypatch):
-    times = dict(zip(triton_launch.WARPS, (3.0, 1.0, 2.0), strict=True))
     work, batch = TUNED[name]
     x = torch.randn(work.n, work.c, work.s)
     kernel = triton_launch.kernel_for(work, x, "relu", 0.0, True, True, batch)
-    ran = []
+    ran, chosen, prepare, times = [], [], kernel.prepare, iter((3.0, 1.0, 2.0))
+    kernel.prepare = lambda factor: (chosen.append(factor), prepare(factor))
 
     def time_of(step, **options):
         ran.append(step().shape)
-        return times[kernel.warps]
+        return next(times)
 
     monkeypatch.setattr("triton.testing.do_bench", time_of)
     triton_launch.tune(kernel, x)
-    assert kernel.warps == triton_launch.WARPS[1]
+    assert chosen == [*triton_launch.WARPS, triton_launch.WARPS[1]]
     assert ran == [x.shape] * 3
 
 
@@ -358,7 +378,7 @@ def test_a_batch_with_nan_moves_no_statistics():
 )
 @pytest.mark.parametrize("center", [True, False], ids=["layer", "rms"])
 def test_add_norm_is_the_two_steps_written_by_hand(center, features, gpu, monkeypatch):
-    monkeypatch.setattr(triton_launch, "processors", lambda device: gpu)
+    processors(gpu, monkeypatch)
     triton_prenorm._kernel.cache_clear()
     x, residual = numbers((9, features), torch.float32), torch.randn(9, features)
     weight, bias = 0.5 * torch.randn(features), torch.randn(features) if center else None

@@ -41,7 +41,9 @@ def further(row: Row, given: Inputs) -> Iterator[tuple[str, Maker]]:
 
 
 def _kind(row: Row) -> torch.dtype:
-    kind: torch.dtype = getattr(torch, weight_dtype(row.case, row.dtype))
+    """Of the parameters; of group norm the input's, because on a GPU torch refuses to mix them."""
+    name = row.dtype if row.case.spec.name == "group_norm" else weight_dtype(row.case, row.dtype)
+    kind: torch.dtype = getattr(torch, name)
     return kind
 
 

@@ -13,12 +13,15 @@ of ``rows.py``. Records are JSON lines below ``records/bench/gpu/<commit>/``; th
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fnmatch
+import multiprocessing
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +45,8 @@ from normkit.vocabulary.record import encode_line  # noqa: E402
 
 Record = dict[str, Any]
 SECONDS = {"torch.compile, autotuned": 40.0, "torch.compile": 15.0}
-CALLING, CHECKING = 2.0, 5.0
-"""Seconds that a contender, and a check, may take: what is not begun in time would end after it."""
+CALLING = 2.0
+"""Seconds that a contender may take: what is not begun in time would end after it."""
 PARITY_TYPES = ("float32", "bfloat16", "float16")
 PARTS: tuple[Part, ...] = ("forward", "backward", "step")
 
@@ -107,24 +110,51 @@ def _drawn_there(row: Row, device: str) -> Inputs:
     return Inputs(draw(2.0, 1.5).requires_grad_(), residual, draw(1.0, 0.1))
 
 
-def _refused(chosen: list[Row], toy: bool, device: str, out_of_time: Any, keep: Any) -> Iterator[tuple[Row, str]]:
-    """Rows that must not be timed, with the reason. Those that differ in their type are checked once, in every type."""
-    found: dict[tuple, str] = {}
-    for row in chosen:
-        other = row.toy if toy else row.small
-        place = (other.case, row.layout)
-        if place not in found:
-            if out_of_time(CHECKING):
-                found[place] = "parity: no time"
-            else:
-                records = [keep({**record, "row": row.name}) for record in checks(other, device)]
-                found[place] = "parity is red" if any(record["state"] == "red" for record in records) else ""
-        if found[place]:
-            yield row, found[place]
+Task = tuple[str, str]
+"""What, and the row or path that it is of; in a process of its own where there are many."""
+
+
+def carried_out(task: Task, device: str) -> list[Record]:
+    """Records of parity; or nothing, but what a contender compiles is on the disk."""
+    what, name = task
+    if what == "path":
+        return list(paths.checks(name, device))
+    if what == "model":
+        models.compile_once(name, device)
+        return []
+    row = next(row for row in ROWS if row.name == name)
+    if what == "parity":
+        return [{**record, "row": name} for record in checks(row.toy if device == "cpu" else row.small, device)]
+    given = _drawn_there(row, device)
+    with contextlib.suppress(Exception):  # who fails here fails again where it is timed, and is recorded there
+        step = dict(contenders(row, given))["torch.compile"]().step(given)
+        step.finish(step.forward())
+    return []
+
+
+def prepared(tasks: list[Task], device: str, workers: int) -> Iterator[tuple[Task, list[Record]]]:
+    """All tasks: compiling takes minutes on one processor."""
+    if workers <= 1:
+        yield from ((task, carried_out(task, device)) for task in tasks)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as pool:
+        yield from zip(tasks, pool.map(carried_out, tasks, [device] * len(tasks)), strict=True)
+
+
+def _one_thread() -> None:
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # read with the first compilation
+    torch.set_num_threads(1)
 
 
 def run(
-    chosen: list[Row], wanted_models: list[str], clock: Any, minutes: float, write: Any, ways: Sequence[str] = ()
+    chosen: list[Row],
+    wanted_models: list[str],
+    clock: Any,
+    minutes: float,
+    write: Any,
+    ways: Sequence[str] = (),
+    workers: int = 1,
 ) -> list[Record]:
     """Parity, rows with a goal, models, other rows, other contenders; a record is written as soon as it is there."""
     begin, toy = time.monotonic(), clock.device == "cpu"
@@ -137,10 +167,19 @@ def run(
         return record
 
     sized = {row.name: row.toy if toy else row for row in chosen}
-    refused = {row.name: why for row, why in _refused(chosen, toy, clock.device, out_of_time, keep)}
-    for way in ways:
-        for record in paths.checks(way, clock.device) if not out_of_time(CHECKING) else ():
-            keep(record)
+    # Rows that differ in their type are checked once, in every type.
+    place = {row.name: ((row.toy if toy else row.small).case, row.layout) for row in chosen}
+    checked = {place[row.name]: row.name for row in reversed(chosen)}
+    tasks: list[Task] = [*(("parity", name) for name in checked.values()), *(("path", way) for way in ways)]
+    if workers > 1 and minutes > 0:
+        tasks += [*(("model", name) for name in wanted_models)]
+        tasks += [("compile", row.name) for row in chosen if not row.brief]
+    red = set()
+    for (what, name), records in prepared(tasks, clock.device, workers):
+        found = [keep(record) for record in records]
+        if what == "parity" and any(record["state"] == "red" for record in found):
+            red.add(name)
+    refused = {row.name: "parity is red" for row in chosen if checked[place[row.name]] in red}
     bandwidth = clock.copy_bandwidth()
     keep({"kind": "copy", "bytes_per_second": bandwidth})
 
@@ -162,14 +201,14 @@ def run(
     return done
 
 
-def environment(clock: Any) -> Record:
+def environment(clock: Any, commit: str) -> Record:
     """Of the whole run: no name of a machine or a person."""
     import triton
 
     gpu = torch.cuda.get_device_properties(0) if clock.device == "cuda" else None
     return {
         "kind": "environment",
-        "commit": commit(),
+        "commit": commit,
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cuda": torch.version.cuda,
@@ -189,6 +228,8 @@ def main(argv: list[str]) -> int:
     asked.add_argument("--only", action="append", default=[], help="rows, models or paths whose name fits this pattern")
     asked.add_argument("--minutes", type=float, default=8.0, help="nothing is begun that would end later")
     asked.add_argument("--out", type=Path, help="directory of the records; default records/bench/gpu/<commit>")
+    asked.add_argument("--commit", help="of a copy of the working tree that git does not know")
+    asked.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that check and compile")
     asked.add_argument("--rehearse", action="store_true", help="on a CPU, in Triton's interpreter: no figures")
     options = asked.parse_args(argv)
     if not options.rehearse and not torch.cuda.is_available():
@@ -205,11 +246,12 @@ def main(argv: list[str]) -> int:
     if options.rehearse and options.out is None:
         write = lambda record: None
     else:
-        directory = options.out or HERE.parent.parent / "records" / "bench" / "gpu" / commit()
+        directory = options.out or HERE.parent.parent / "records" / "bench" / "gpu" / (options.commit or commit())
         directory.mkdir(parents=True, exist_ok=True)
         write = _writer(directory)
-    write(environment(clock))
-    records = run(chosen, wanted, clock, options.minutes, write, ways)
+    write(environment(clock, options.commit or commit()))
+    workers = 1 if options.rehearse else options.workers
+    records = run(chosen, wanted, clock, options.minutes, write, ways, workers)
     print(table(records))
     if options.rehearse:
         print("a rehearsal: every time above is that of an interpreter on toy shapes")

@@ -60,6 +60,19 @@ def evaluation(dtype: torch.dtype, device: str) -> Iterator[Pair]:
     yield from _against_oracle(_layer().eval(), dtype, device)
 
 
+def running(dtype: torch.dtype, device: str) -> Iterator[Pair]:
+    """Running statistics and counters behind three batches, the second of them with an infinity."""
+    own = nk.BatchNorm2d(1500, backend="triton", device=device)
+    exact = nk.BatchNorm2d(1500, backend="reference").double()
+    for step in range(3):
+        x = _draw((4, 1500, 3, 2), dtype, "cpu", step)
+        x[0, 7] = torch.inf if step == 1 else x[0, 7]
+        own(x.to(device))
+        exact(x.double())
+    names = ("running_mean", "running_var", "num_batches_tracked", "num_batches_skipped")
+    yield from ((name, own.get_buffer(name), exact.get_buffer(name)) for name in names)
+
+
 def halves(dtype: torch.dtype, device: str) -> Iterator[Pair]:
     """Measured by one launch, normalised by another: ghost batches."""
     yield from _against_oracle(_layer(statistics=Ghost(2)), dtype, device)
@@ -139,7 +152,7 @@ def huge(dtype: torch.dtype, device: str) -> Iterator[Pair]:
 
 
 PATHS: dict[str, Callable[[torch.dtype, str], Iterator[Pair]]] = {
-    path.__name__: path for path in (evaluation, halves, compiled, added, replayed, huge)
+    path.__name__: path for path in (evaluation, running, halves, compiled, added, replayed, huge)
 }
 
 

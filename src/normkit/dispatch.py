@@ -149,9 +149,10 @@ def _by_triton(call: Call) -> bool:
     return not TRITON.reluctance(call) and not TRITON.reasons_against(call)
 
 
-settle = native.settle
-"""Move running statistics if all that is proposed is finite, by a kernel: a dozen of torch's operators take longer than
-the rest of a small forward pass."""
+def settle(*statistics: Any) -> bool:
+    """Move running statistics if all that is proposed is finite, by a kernel: a dozen of torch's operators take longer
+    than the rest of a small forward pass. False: no kernel has, and nothing has moved."""
+    return native.settle(*statistics) or triton.settle(*statistics)
 
 
 def may_be_read(number: Tensor) -> bool:

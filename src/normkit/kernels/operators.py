@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from normkit.epilogue import fusible
+from normkit.exporting import exporting
 from normkit.kernels import contract
 from normkit.kernels.plan import Plan, plan_for
 from normkit.layout import solve
@@ -52,7 +53,7 @@ def reasons_against(call: Call) -> list[str]:
     """What must be known before the operator is in the graph; what comes out later, the operator itself refuses."""
     if call.over is None:
         return ["this norm is none that a pattern says"]
-    if torch.compiler.is_exporting():
+    if exporting():
         return ["an exported program consists of torch's operators"]
     if fusible(call.activation)[0] == "module":
         return ["the activation is not one that a kernel knows"]

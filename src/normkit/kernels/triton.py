@@ -6,6 +6,7 @@ autograd function, as on the CPU; ``torch.compile`` sees the two operators of ``
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from typing import TYPE_CHECKING, Any
@@ -82,6 +83,36 @@ def reluctance(call: Call) -> list[str]:
 def torch_is_faster(x: Tensor, followed: bool) -> bool:
     """Whether the call costs more than the work; ``followed``: by a residual or an activation."""
     return x.numel() < (SMALL_FOLLOWED if followed else SMALL)
+
+
+def settle(
+    mean: Tensor, var: Tensor, new_mean: Tensor, new_var: Tensor, tracked: Tensor | None, skipped: Tensor | None
+) -> bool:
+    """Copy what is proposed into the running mean and variance, if every variance is finite, and count the batch.
+
+    False: not a case for this kernel, and nothing has been done.
+    """
+    floats, counters = (mean, var, new_mean, new_var), [t for t in (tracked, skipped) if t is not None]
+    if (
+        not FOUND
+        or torch.compiler.is_compiling()
+        or not (mean.is_cuda or (INTERPRETED and mean.is_cpu))
+        or any(type(t) is not Tensor or t.device != mean.device for t in (*floats, *counters))
+        or any(t.dtype != mean.dtype or not t.is_contiguous() for t in floats)
+        or any(t.dtype != torch.int64 for t in counters)
+        or native._is_watched()
+    ):
+        return False
+    _settling(mean.numel())(*floats, tracked, skipped)
+    return True
+
+
+@functools.lru_cache(maxsize=1024)
+def _settling(channels: int) -> Any:
+    from normkit.kernels.triton_launch import Launch, parts_of
+    from normkit.kernels.triton_running import settle as kernel
+
+    return Launch(kernel, (1,), (channels,), BLOCK=min(parts_of(channels), 1024), num_warps=4)
 
 
 def _kernel(work: contract.Work, call: Call, weight_type: torch.dtype, activation: str | None, slope: float) -> Any:

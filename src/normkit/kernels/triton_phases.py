@@ -29,7 +29,7 @@ class TritonHalves(Halves):
         return triton._signs(self.plan, x, stats, bits)
 
     def moments(self, x: Tensor) -> Moments:
-        count, mean, m2 = self.plan.kernel.measured(x).double().movedim(2, 1)  # (parts, sections, c) each
+        count, mean, m2 = self.plan.kernel.measured(x).double().movedim(3, 1)  # (parts, sections, c) each
         merged = Moments(count, mean, m2).together()
         number = self.plan.number
         mean, m2 = (self._of_units(t).to(number) for t in (merged.mean, merged.m2))
@@ -42,7 +42,7 @@ class TritonHalves(Halves):
 
     def sums(self, x: Tensor, dy: Tensor, residual: Any, units: Units, bits: Any, parameters: bool) -> tuple:
         given = self._given(x, dy, residual, units, bits)
-        own = self.plan.kernel.summed(*given).sum(2)  # (2, sections, c)
+        own = self.plan.kernel.summed(*given).sum(3)  # (2, sections, c)
         dweight = dbias = None
         if parameters:
             rstd = units.rstd.reshape(-1, own.shape[2])
@@ -55,7 +55,10 @@ class TritonHalves(Halves):
         self, x: Tensor, dy: Tensor, residual: Any, units: Units, bits: Any, means: Tensor, need_x: bool, need_r: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         given = self._given(x, dy, residual, units, bits)
-        return self.plan.kernel.gradients(*given, means.to(self.plan.number).contiguous(), (need_x, need_r))
+        means = means.to(self.plan.number)
+        if not self.per_sample and units.weight is not None:
+            means = means * units.weight.to(means.dtype)  # per sample it is in the sums
+        return self.plan.kernel.gradients(*given, means.contiguous(), (need_x, need_r))
 
     def _given(self, x: Tensor, dy: Tensor, residual: Any, units: Units, bits: Any) -> tuple:
         strides = self.plan.strides

@@ -16,7 +16,8 @@ from torch import Tensor
 from normkit.kernels.contract import Work
 from normkit.kernels.plan import alike
 from normkit.kernels.triton import INTERPRETED, TYPES
-from normkit.kernels.triton_launch import Epilogue, rows_kernel
+from normkit.kernels.triton_launch import Epilogue
+from normkit.kernels.triton_rows_launch import rows_kernel
 
 
 def add_norm(

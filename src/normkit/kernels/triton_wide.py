@@ -11,8 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from normkit.kernels.triton_rows import bit_of, look, read, row_moments, scaled, shifted, write
-from normkit.kernels.triton_tile import activated, merge_along, merge_two, packed
+from normkit.kernels.triton_rows import finish, look, read, write
+from normkit.kernels.triton_tile import merge_along
 
 # Triton's signatures are long lists of numbers: one name a line would hide the code.
 # fmt: off
@@ -20,10 +20,10 @@ from normkit.kernels.triton_tile import activated, merge_along, merge_two, packe
 
 @triton.jit
 def some_rows(first, rows, BR: tl.constexpr, WIDE: tl.constexpr):
-    """Rows [BR, 1], and which of them exist."""
+    """Rows [BR], and which of them exist."""
     if WIDE:
-        first = first + tl.zeros([1, 1], tl.int64)
-    r = first + tl.arange(0, BR)[:, None]
+        first = first + tl.full([], 0, tl.int64)
+    r = first + tl.arange(0, BR)
     return r, r < rows
 
 
@@ -36,15 +36,21 @@ def measure(
     part = tl.program_id(1)
     r, inside = some_rows(tl.program_id(0) * BR, rows, BR, WIDE)
     end = tl.minimum(part * per + per, features)
-    count = tl.zeros([BR, 1], tl.float32)
-    mean = tl.zeros([BR, 1], tl.float32)
-    m2 = tl.zeros([BR, 1], tl.float32)
-    for start in range(part * per, end, BF):
-        j = start + tl.arange(0, BF)[None, :]
-        valid = inside & (j < end)
-        v = read(x, residual, r * features + j, valid, PRE, "evict_last")
-        more, other, other_m2 = row_moments(v, valid, CENTER)
-        count, mean, m2 = merge_two(count, mean, m2, more, other, other_m2)
+    count = tl.zeros([BF], tl.float32)
+    mean = tl.zeros([BR, BF], tl.float32)
+    m2 = tl.zeros([BR, BF], tl.float32)
+    for start in range(part * per, end, BF):  # every place of a tile has moments of its own, as in triton_channels
+        j = start + tl.arange(0, BF)
+        valid = inside[:, None] & (j < end)[None, :]
+        v = read(x, residual, (r * features)[:, None] + j[None, :], valid, PRE, "evict_last")
+        count += (j < end).to(tl.float32)
+        if CENTER:
+            off = tl.where(valid, v - mean, 0.0)
+            mean += off * (1.0 / tl.maximum(count, 1.0))[None, :]
+            m2 += off * (v - mean)
+        else:
+            m2 += v * v
+    count, mean, m2 = merge_along(tl.where(inside[:, None], count[None, :], 0.0), mean, m2)
     here = partials + r * parts + part
     tl.store(here, count, inside)
     tl.store(here + size, mean, inside)
@@ -53,16 +59,16 @@ def measure(
 
 @triton.jit
 def normalise(
-    x, residual, weight, bias, y, bits, stats, summed, partials, rows, features, per, parts, size, eps, slope, offset,
+    x, residual, weight, bias, y, bits, stats, summed, partials, rows, features, per, parts, size, slope, eps, offset,
     PRE: tl.constexpr, CENTER: tl.constexpr, ACTIVATION: tl.constexpr, PARTS: tl.constexpr, BR: tl.constexpr,
     BF: tl.constexpr, WIDE: tl.constexpr,
 ):
     """Second pass."""
     part = parts - 1 - tl.program_id(1)
     r, inside = some_rows(tl.program_id(0) * BR, rows, BR, WIDE)
-    index = tl.arange(0, PARTS)[None, :]
-    mask = inside & (index < parts)
-    here = partials + r * parts + index
+    index = tl.arange(0, PARTS)
+    mask = inside[:, None] & (index < parts)[None, :]
+    here = partials + (r * parts)[:, None] + index[None, :]
     _, mean, m2 = merge_along(
         tl.load(here, mask, other=0.0), tl.load(here + size, mask, other=0.0),
         tl.load(here + 2 * size, mask, other=0.0),
@@ -73,22 +79,14 @@ def normalise(
         tl.store(stats + rows + r, rstd, inside)
     end = tl.minimum(part * per + per, features)
     for start in range(part * per, end, BF):
-        j = start + tl.arange(0, BF)[None, :]
-        valid = inside & (j < end)
-        offsets = r * features + j
+        j = start + tl.arange(0, BF)
+        there = j < end
+        offsets, valid = (r * features)[:, None] + j[None, :], inside[:, None] & there[None, :]
         v = read(x, residual, offsets, valid, PRE, "evict_first")
-        z = (v - mean) * rstd * scaled(weight, j, j < end, offset) + shifted(bias, j, j < end)
-        if PRE:
-            if summed is not None:
-                tl.store(summed + offsets, v, valid)
-        elif residual is not None:
-            z += tl.load(residual + offsets, valid, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        if bits is not None:
-            byte = bit_of(0, r, j, rows, features, False) + tl.zeros_like(valid.to(tl.int32))
-            byte = tl.min(tl.reshape(byte, [BR, BF // 8, 8]), 2)
-            whole = tl.max(tl.reshape(valid.to(tl.int32), [BR, BF // 8, 8]), 2) > 0
-            tl.store(bits + byte, packed((z > 0) & valid, 1), whole)
-        tl.store(y + offsets, activated(z, slope, ACTIVATION), valid, eviction_policy="evict_first")
+        finish(
+            v, residual, weight, bias, y, bits, summed, offsets, valid, 0, r, inside, start, end, j, there, mean, rstd,
+            rows, features, slope, offset, PRE, ACTIVATION, False, BR, BF,
+        )
 
 
 @triton.jit
@@ -105,24 +103,26 @@ def sum_up(
     own = tl.program_id(0).to(tl.int64) * features
     mean = tl.load(stats + r, inside, other=0.0)
     rstd = tl.load(stats + rows + r, inside, other=0.0)
-    one = tl.zeros([BR, 1], tl.float32)
-    two = tl.zeros([BR, 1], tl.float32)
+    one = tl.zeros([BR, BF], tl.float32)
+    two = tl.zeros([BR, BF], tl.float32)
     end = tl.minimum(part * per + per, features)
     for start in range(part * per, end, BF):
-        j = start + tl.arange(0, BF)[None, :]
+        j = start + tl.arange(0, BF)
+        there = j < end
+        offsets, valid = (r * features)[:, None] + j[None, :], inside[:, None] & there[None, :]
         hat, dz, w = look(
-            x, dy, residual, weight, bias, bits, r * features + j, inside & (j < end), 0, r, j, j, mean, rstd, rows,
-            features, slope, offset, ACTIVATION, False, "evict_last",
+            x, dy, residual, weight, bias, bits, offsets, valid, 0, r, inside, start, end, j, there, mean, rstd, rows,
+            features, slope, offset, ACTIVATION, False, BR, BF, "evict_last",
         )
-        one += tl.sum(w * dz, 1, keep_dims=True)
-        two += tl.sum(w * dz * hat, 1, keep_dims=True)
+        one += w * dz
+        two += w * dz * hat
         if of_weight is not None:
-            tl.store(of_weight + own + j, tl.sum(dz * hat, 0, keep_dims=True), j < end)
+            tl.store(of_weight + own + j, tl.sum(dz * hat, 0), there)
         if of_bias is not None:
-            tl.store(of_bias + own + j, tl.sum(dz, 0, keep_dims=True), j < end)
+            tl.store(of_bias + own + j, tl.sum(dz, 0), there)
     here = partials + r * parts + part
-    tl.store(here, one, inside)
-    tl.store(here + size, two, inside)
+    tl.store(here, tl.sum(one, 1), inside)
+    tl.store(here + size, tl.sum(two, 1), inside)
 
 
 @triton.jit
@@ -136,19 +136,20 @@ def differentiate(
     r, inside = some_rows(tl.program_id(0) * BR, rows, BR, WIDE)
     mean = tl.load(stats + r, inside, other=0.0)
     rstd = tl.load(stats + rows + r, inside, other=0.0)
-    index = tl.arange(0, PARTS)[None, :]
-    mask = inside & (index < parts)
-    here = partials + r * parts + index
-    one = tl.zeros([BR, 1], tl.float32)
+    index = tl.arange(0, PARTS)
+    mask = inside[:, None] & (index < parts)[None, :]
+    here = partials + (r * parts)[:, None] + index[None, :]
+    one = tl.zeros([BR], tl.float32)
     if CENTER:
-        one = tl.sum(tl.load(here, mask, other=0.0), 1, keep_dims=True) / features
-    two = tl.sum(tl.load(here + size, mask, other=0.0), 1, keep_dims=True) / features
+        one = tl.sum(tl.load(here, mask, other=0.0), 1) / features
+    two = tl.sum(tl.load(here + size, mask, other=0.0), 1) / features
     end = tl.minimum(part * per + per, features)
     for start in range(part * per, end, BF):
-        j = start + tl.arange(0, BF)[None, :]
-        valid, offsets = inside & (j < end), r * features + j
+        j = start + tl.arange(0, BF)
+        there = j < end
+        offsets, valid = (r * features)[:, None] + j[None, :], inside[:, None] & there[None, :]
         hat, dz, w = look(
-            x, dy, residual, weight, bias, bits, offsets, valid, 0, r, j, j, mean, rstd, rows, features, slope, offset,
-            ACTIVATION, False, "evict_first",
+            x, dy, residual, weight, bias, bits, offsets, valid, 0, r, inside, start, end, j, there, mean, rstd, rows,
+            features, slope, offset, ACTIVATION, False, BR, BF, "evict_first",
         )
         write(dx, dresidual, dsummed, offsets, valid, hat, dz, w, rstd, one, two)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from normkit.exporting import exporting
+
 
 def recomputing() -> bool:
     """Whether autograd is running a backward pass in this thread right now. Not for compiled code."""
@@ -33,4 +35,4 @@ def first_pass(near: Tensor) -> Tensor | None:
     A compiled layer inside an eager checkpoint is compiled once and runs both outside and inside the backward pass.
     ``None`` in an exported program, which has no operators but torch's.
     """
-    return None if torch.compiler.is_exporting() else torch.ops.normkit.first_pass(near)
+    return None if exporting() else torch.ops.normkit.first_pass(near)
