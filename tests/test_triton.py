@@ -75,26 +75,69 @@ def test_a_layer_asked_to_run_on_them_says_why_it_cannot():
     assert reason == triton.reasons_against(nk.explanation.recorded(layer, torch.randn(2, 8)))
 
 
-def test_nobody_gets_them_unasked_before_a_gpu_has_checked_them():
-    """The commit of a record that shows it, or nothing."""
-    if triton.PROVEN is None:
-        assert nk.dispatch.TRITON.reluctance(nk.explanation.recorded(nk.LayerNorm(8), torch.randn(2, 8)))
-        return
+def test_a_gpu_has_checked_them():
+    """``PROVEN`` is the commit of a record that is green throughout."""
+    assert triton.PROVEN is not None
     record = HERE.parent / "records" / "bench" / "gpu" / triton.PROVEN / "parity.jsonl"
-    assert record.exists()
+    assert '"state": "green"' in record.read_text()
     assert '"state": "red"' not in record.read_text()
 
 
+def test_nobody_gets_them_unasked_before_a_gpu_has_checked_them(monkeypatch):
+    monkeypatch.setattr(triton, "PROVEN", None)
+    call = nk.explanation.recorded(nk.LayerNorm(8), torch.randn(2, 8))
+    assert "not yet checked on a GPU" in nk.dispatch.TRITON.reluctance(call)[0]
+
+
 @pytest.mark.skipif(loading.module is None, reason=str(loading.absence))
-@pytest.mark.parametrize("activation", [None, "relu"])
-def test_once_proven_a_gpu_has_limits_of_its_own(activation, monkeypatch):
+@pytest.mark.parametrize(("norm", "kind"), [(nk.LayerNorm, "rows"), (nk.BatchNorm1d, "channels")])
+def test_a_gpu_has_limits_of_its_own(norm, kind):
     """Elsewhere than on the CPU, what the compiled kernels leave to torch says nothing."""
-    monkeypatch.setattr(triton, "PROVEN", "a commit")
-    least = triton.SMALL if activation is None else triton.SMALL_FOLLOWED
+    least = triton.CALLED[kind]
     for rows, at_once in ((least // 64 - 1, True), (least // 64, False)):
         x = torch.empty(rows, 64, device="meta")
-        followed = activation is not None
-        assert nk.dispatch._torch_at_once(nk.LayerNorm(64).spec, x, activation, followed) is at_once
+        assert nk.dispatch._torch_at_once(norm(64).spec, x, None, False) is at_once
+
+
+class OnGPU:
+    """As much of a tensor on a GPU as the limits ask for."""
+
+    is_cuda = True
+
+    def __init__(self, elements: int) -> None:
+        self.elements = elements
+
+    def numel(self) -> int:
+        return self.elements
+
+
+def test_while_a_graph_is_captured_a_call_costs_nothing(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captured)
+    for captured, least in ((False, triton.CALLED), (True, triton.CAPTURED)):
+        for over, kind in (("[n] c [s...]", "channels"), ("n... [c...]", "rows")):
+            assert triton.torch_is_faster(OnGPU(least[kind] - 1), over)
+            assert not triton.torch_is_faster(OnGPU(least[kind]), over)
+
+
+def test_a_compiler_gets_the_kernels_for_channels_in_training():
+    faster = lambda elements, over="[n] c [s...]", batch=True: triton.compiler_is_faster(OnGPU(elements), over, batch)
+    assert faster(triton.COMPILED - 1)
+    assert not faster(triton.COMPILED)
+    assert faster(triton.COMPILED, batch=False)
+    assert faster(2**40, over="n... [c...]")
+    with torch.no_grad():
+        assert faster(triton.COMPILED)
+
+
+@pytest.mark.parametrize(("capability", "hip", "asked"), [((9, 0), None, True), ((7, 5), None, False), ((9, 4), "6", False)])
+def test_gpus_unlike_the_one_they_ran_on_get_them_when_asked(capability, hip, asked, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    triton._like_the_ones_they_ran_on.cache_clear()
+    try:
+        assert triton._like_the_ones_they_ran_on(torch.device("cuda", 0)) is asked
+    finally:
+        triton._like_the_ones_they_ran_on.cache_clear()
 
 
 def test_a_layer_on_the_cpu_loads_no_triton():

@@ -508,28 +508,38 @@ def test_the_operators_are_what_torch_expects_of_operators():
 # Words
 
 
-def test_explain_says_why_nobody_gets_them_unasked():
+def test_explain_says_why_they_do_not_run_unasked():
     layer, x = nk.BatchNorm2d(3), numbers((2, 3, 4, 4), torch.float32)
-    assert "not triton: not yet checked on a GPU" in str(nk.explain(layer, x))
+    assert "not triton: below 8,388,608 elements the call costs more" in str(nk.explain(layer, x))
     with nk.backend("triton"):
         assert nk.explain(layer, x).backend == "triton"
 
 
-def test_once_proven_they_leave_small_tensors_to_torch(monkeypatch):
-    monkeypatch.setattr(nk.kernels.triton, "PROVEN", "a commit")
+def test_they_leave_small_tensors_to_torch(monkeypatch):
     monkeypatch.setattr(nk.dispatch, "BACKENDS", {n: b for n, b in nk.dispatch.BACKENDS.items() if n != "native"})
-    monkeypatch.setattr(nk.kernels.triton, "SMALL", 200)
-    monkeypatch.setattr(nk.kernels.triton, "SMALL_FOLLOWED", 100)
-    plain, followed = nk.BatchNorm2d(3), nk.BatchNorm2d(3, activation="relu")
-    for layer, side, backend in (
-        (plain, 8, "torch"),
-        (plain, 9, "triton"),
-        (followed, 5, "torch"),
-        (followed, 6, "triton"),
+    monkeypatch.setattr(nk.kernels.triton, "CALLED", {"channels": 200, "rows": 100})
+    for layer, shape, backend in (
+        (nk.BatchNorm2d(3), (1, 3, 8, 8), "torch"),
+        (nk.BatchNorm2d(3), (1, 3, 9, 9), "triton"),
+        (nk.LayerNorm(9), (11, 9), "torch"),
+        (nk.LayerNorm(9), (12, 9), "triton"),
     ):
-        told = nk.explain(layer, numbers((1, 3, side, side), torch.float32))
-        assert told.backend == backend, (layer, side)
+        told = nk.explain(layer, numbers(shape, torch.float32))
+        assert told.backend == backend, (layer, shape)
         assert ("below" in str(told)) is (backend == "torch")
+
+
+def test_running_statistics_move_in_one_launch_unless_something_is_not_finite():
+    for dtype in (torch.float32, torch.float64):
+        for wrong in (None, torch.nan, torch.inf):
+            old, new = [torch.randn(1500, dtype=dtype) for _ in range(2)], torch.rand(2, 1500, dtype=dtype)
+            counters = torch.tensor(3), torch.tensor(1)
+            if wrong is not None:
+                new[1, 1400] = wrong
+            wanted = [t.clone() for t in (old if wrong is not None else new)]
+            assert nk.kernels.triton.settle(*old, *new, *counters)
+            assert all(torch.equal(got, want) for got, want in zip(old, wanted, strict=True))
+            assert [int(c) for c in counters] == ([3, 2] if wrong is not None else [4, 1])
 
 
 def test_a_call_that_no_kernel_takes_is_refused_with_the_reason():

@@ -36,12 +36,12 @@ import torch  # noqa: E402
 from clocks import DeviceClock, Rehearsal, measured  # noqa: E402
 from contenders import OURS, Absent, contenders, forgetting, further  # noqa: E402
 from rows import MODELS, ROWS, Part, Row  # noqa: E402
-from verdict import table  # noqa: E402
+from verdict import markdown, table  # noqa: E402
 
 from normkit.bench import parity  # noqa: E402
 from normkit.bench.inputs import FORMATS, Inputs, inputs, weight_dtype  # noqa: E402
 from normkit.bench.peers import ours  # noqa: E402
-from normkit.vocabulary.record import encode_line  # noqa: E402
+from normkit.vocabulary.record import encode_line, read_lines  # noqa: E402
 
 Record = dict[str, Any]
 SECONDS = {"torch.compile, autotuned": 40.0, "torch.compile": 15.0}
@@ -230,12 +230,19 @@ def main(argv: list[str]) -> int:
     asked.add_argument("--out", type=Path, help="directory of the records; default records/bench/gpu/<commit>")
     asked.add_argument("--commit", help="of a copy of the working tree that git does not know")
     asked.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that check and compile")
+    asked.add_argument("--told", type=Path, help="measure nothing; the table of README.md from the records there")
     asked.add_argument("--rehearse", action="store_true", help="on a CPU, in Triton's interpreter: no figures")
     options = asked.parse_args(argv)
+    if options.told is not None:
+        print(markdown(read_lines(options.told / "timings.jsonl")))
+        return 0
     if not options.rehearse and not torch.cuda.is_available():
         print("error: torch sees no GPU here.\n  run this on a machine with one, or rehearse it: --rehearse")
         return 2
     chosen = [row for row in ROWS if _fits(row.name, options.only)]
+    if options.rehearse:  # as toys many rows are the same
+        as_toy = {(row.toy.case.op, row.toy.case.shape, row.layout, row.dtype): row for row in reversed(chosen)}
+        chosen = list(as_toy.values())[::-1]
     wanted = [name for name in MODELS if _fits(name, options.only)]
     ways = [name for name in paths.PATHS if _fits(name, options.only)]
     if not chosen and not wanted and not ways:

@@ -128,6 +128,44 @@ def _calls() -> tuple[Row, ...]:
     return tuple(Row(case, streamed=False, brief=True) for case in (*images, *rows))
 
 
+def _networks() -> tuple[Row, ...]:
+    """What known networks are made of, beside the rows above: a kernel that is good at one size may not be at another.
+
+    Streamed: more than the 50 MB of a second-level cache.
+    """
+
+    def row(case: Case, layout: str = "contiguous") -> Row:
+        return Row(case, layout=layout, streamed=2 * _elements(list(case.shape)) > 50e6)
+
+    image = lambda n, c, side, follows: Case(
+        "batch", (n, c, side, side), f"ResNet-50, batch of {n}", activation="relu", residual=follows
+    )
+    blocks = ((64, 112, False), (64, 56, False), (256, 56, True), (128, 28, False), (512, 28, True), (256, 14, False))
+    blocks = (*blocks, (1024, 14, True), (2048, 7, True))
+    images = [row(image(n, c, side, follows), _LAST) for n in (32, 64, 256) for c, side, follows in blocks]
+    volumes = [
+        row(Case("instance", (2, c, side, side, side), "nnU-Net in three dimensions", activation="leaky_relu"))
+        for c, side in ((128, 32), (256, 16), (320, 8))
+    ]
+    styles = [row(Case("instance", (8, 64, 256, 256), "style transfer", activation="relu"))]
+    group = lambda shape, why, layout=_LAST: row(Case("group:32", shape, why, activation="silu"), layout)
+    unet = ((320, 64), (960, 64), (640, 32), (1920, 32), (1280, 16), (1280, 8), (2560, 8))
+    groups = [group((n, c, side, side), f"U-Net of latent diffusion, {n} samples") for n in (2, 8) for c, side in unet]
+    decoder = ((128, 512), (512, 128), (128, 1024))
+    groups += [group((1, c, side, side), "image decoder, one sample", "contiguous") for c, side in decoder]
+    groups += [group((32, 256, 56, 56), "ResNet-50 with group norm", "contiguous")]
+    wide = {
+        (12608, 768): "ViT-B", (16448, 1024): "ViT-L", (200704, 96): "Swin, ConvNeXt", (4096, 12288): "GPT-3",
+    }  # fmt: skip
+    rows = [row(Case("layer", shape, why, features_last=True)) for shape, why in wide.items()]
+    language = {
+        (8192, 5120): "a 13B model", (4096, 16384): "a 405B model", (2048, 4096): "a 7B model, 2k tokens",
+        (512, 4096): "a 7B model, 512 tokens", (1, 4096): "a 7B model, one token", (8192, 128): "queries and keys",
+    }  # fmt: skip
+    rows += [row(Case("rms", shape, why, features_last=True)) for shape, why in language.items()]
+    return (*images, *volumes, *styles, *groups, *rows)
+
+
 ROWS: tuple[Row, ...] = (
     Row(_BLOCK, _BATCH, layout=_LAST),
     Row(_BLOCK, _BATCH_PLANES),
@@ -158,18 +196,7 @@ ROWS: tuple[Row, ...] = (
     Row(_UNET, dtype="float32", streamed=False),
     Row(_RMS, dtype="float32"),
 )
+ROWS += tuple(row for row in _networks() if row.name not in {other.name for other in ROWS})
 """Those with a goal first: they come before the models, all others after."""
 MODELS = ("resnet50", "unet_block", "llm_layer")
 """ResNet-50 under autocast, channels last; a block of a diffusion U-Net; a layer of a 1B-parameter language model."""
-
-
-def told() -> list[tuple[str, str, str]]:
-    """Every row and model: its name, what it stands for, its goals in words."""
-    rows = [(row.name, row.case.reason, "; ".join(map(str, row.goals)) or "–") for row in ROWS]
-    return rows + [(name, "a training step", "–") for name in MODELS]
-
-
-def queue() -> str:
-    """The table of README.md, as long as nothing of it is measured."""
-    lines = ["| row | what it stands for | goal (H200) | measured at commit |", "|---|---|---|---|"]
-    return "\n".join([*lines, *(f"| {' | '.join(cells)} | not measured |" for cells in told())])

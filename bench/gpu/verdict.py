@@ -1,11 +1,11 @@
-"""The table at the end: what was found of every row, and whether it reaches its goal."""
+"""What was found of every row, and whether it reaches its goal: the table at the end, and that of README.md."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from contenders import OURS
-from rows import ROWS, Goal
+from rows import MODELS, ROWS, Goal
 
 Record = dict[str, Any]
 WIDTH = 70
@@ -34,6 +34,38 @@ def table(records: list[Record]) -> str:
     lines.append(f"parity: {len(checks_made) - len(red)} of {len(checks_made)} green")
     lines += [f"  red: {r['row']} in {r['dtype']}: {r['why']}"[:200] for r in red[:5]]
     return "\n".join(lines)
+
+
+def markdown(records: list[Record]) -> str:
+    """The table of README.md: as :func:`table`, with what a row stands for and how long the others take."""
+    lines = [
+        "| row | what it stands for | ms | torch | compile | of copy | x eager | x compile | x call | goal |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---|",
+    ]
+    for title, reason, goals in [
+        *((row.name, row.case.reason, row.goals) for row in ROWS),
+        *((name, "a training step", ()) for name in MODELS),
+    ]:
+        found = {r["implementation"]: r for r in records if title in (r.get("row"), r.get("model")) and _timed(r)}
+        mine = found.get(OURS)
+        for goal in goals or (Goal(),):
+            name = title if goal.part == "step" else f"{title}, {goal.part}"
+            if mine is None:
+                lines.append(f"| {name} | {reason} |" + " |" * 7 + " not measured |")
+                continue
+            part = f"{goal.part}_ms"
+            of_copy = mine["of_copy"][goal.part] if "of_copy" in mine else None
+            eager, compiled = (_ratio(found, mine, other, part) for other in ("torch", "torch.compile"))
+            times = [f"{r[part]:.3f}" if r else "" for r in (mine, found.get("torch"), found.get("torch.compile"))]
+            call = _ratio(found, mine, "torch", "wall_ms")
+            cells = [name, reason, *times, *(_cell(n) for n in (of_copy, eager, compiled, call))]
+            verdict = f"{goal}: {_verdict(goal, of_copy, eager, compiled)}" if goals else "–"
+            lines.append(f"| {' | '.join(cells)} | {verdict} |")
+    return "\n".join(lines)
+
+
+def _timed(record: Record) -> bool:
+    return record.get("state") == "measured" and "implementation" in record
 
 
 def _line(title: str, goal: Goal, found: dict[str, Record], mine: Record) -> str:

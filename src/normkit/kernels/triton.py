@@ -20,17 +20,21 @@ from normkit.kernels.plan import MAKERS, Plan, alike, plan_for
 if TYPE_CHECKING:
     from normkit.call import Call
 
-PROVEN: str | None = None
+PROVEN: str | None = "a0e5bbbf30c0"
 """The commit of these kernels at which parity has passed on a GPU: records/bench/gpu/<commit>/ holds the record.
 ``None``: it has not run on one yet, and nobody gets them unasked."""
 FOUND = importlib.util.find_spec("triton") is not None
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-SMALL, SMALL_FOLLOWED = 2**20, 2**18
-"""Elements below which torch's operators are taken: where torch needs one, and where a residual or an activation needs
-further ones. NOT MEASURED. What they rest on: 2**20 elements of 2 bytes cross the memory of an H200 in 4 microseconds,
-forward and backward together, and a call from Python to two or five kernels costs ten times that. The brief rows
-of bench/gpu are there to replace them."""
+CALLED, CAPTURED, COMPILED = {"channels": 2**23, "rows": 2**25}, {"channels": 2**20, "rows": 2**22}, 2**22
+"""Elements from which the kernels are taken: in eager mode, while a CUDA graph is captured, and by ``torch.compile``
+(never for rows, which it fuses with their neighbours in about the same time).
+
+From the record of ``PROVEN`` (H200; tables in bench/gpu/README.md). The time of the device alone is less than torch's
+from ``CAPTURED`` on. A call from Python costs 0.1 to 0.3 milliseconds more than torch's, so a loop of nothing but the
+norm gains from about twice ``CALLED`` on; a network that keeps the device busy gains earlier."""
+OLDEST = (8, 0)
+"""The compute capability that the kernels are compiled ahead of time for, beside the one that they have run on."""
 
 
 def reasons_against(call: Call) -> list[str]:
@@ -73,16 +77,39 @@ def reluctance(call: Call) -> list[str]:
     reasons = []
     if PROVEN is None:
         reasons.append('not yet checked on a GPU (bench/gpu/README.md); backend="triton" asks for them')
-    followed = call.residual is not None or call.activation is not None
-    if not call.merged and torch_is_faster(call.x, followed):
-        least = SMALL_FOLLOWED if followed else SMALL
-        reasons.append(f"below {least:,} elements torch's operators should be faster, which nobody has measured yet")
+    if call.x.is_cuda and not _like_the_ones_they_ran_on(call.x.device):
+        reasons.append('checked on NVIDIA GPUs of compute capability 8.0 and later only; backend="triton" asks for them')
+    if torch.compiler.is_compiling():
+        if compiler_is_faster(call.x, call.over, call.batch_statistics):
+            reasons.append("a compiler of torch's operators is faster here")
+    elif not call.merged and torch_is_faster(call.x, call.over):
+        reasons.append(f"below {_least(call.x, call.over):,} elements the call costs more than the kernels save")
     return reasons
 
 
-def torch_is_faster(x: Tensor, followed: bool) -> bool:
-    """Whether the call costs more than the work; ``followed``: by a residual or an activation."""
-    return x.numel() < (SMALL_FOLLOWED if followed else SMALL)
+def torch_is_faster(x: Tensor, over: str | None) -> bool:
+    """Whether the call costs more than the kernels save."""
+    return x.numel() < _least(x, over)
+
+
+def compiler_is_faster(x: Tensor, over: str | None, batch_statistics: bool) -> bool:
+    """Whether a compiler that sees torch's operators makes of them what takes less time than these kernels."""
+    training = batch_statistics and torch.is_grad_enabled()
+    return not training or _kind(over) == "rows" or x.numel() < COMPILED
+
+
+def _least(x: Tensor, over: str | None) -> int:
+    captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    return (CAPTURED if captured else CALLED)[_kind(over)]
+
+
+def _kind(over: str | None) -> str:
+    return "rows" if over is not None and "c..." in over else "channels"
+
+
+@functools.cache
+def _like_the_ones_they_ran_on(device: torch.device) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= OLDEST
 
 
 def settle(
