@@ -25,12 +25,12 @@ def answer(records: Sequence[Record]) -> list[str]:
 
 
 def table(records: Sequence[Record], busy: str) -> Table:
-    """One row per model, type and variant."""
-    header = ["model", "type", "step", "ms", "more, ms", "peak, MB", "samples apart", "of the time"]
+    """One row per model, type, allocator (`nk.tune_allocator`: pinned) and variant."""
+    header = ["model", "type", "allocator", "step", "ms", "more, ms", "peak, MB", "samples apart", "of the time"]
     rows = []
-    plain: dict[tuple[str, str], float] = {}
+    plain: dict[tuple[str, ...], float] = {}
     for r in _own(records):
-        key, mark = (r["op"], r["dtype"]), "" if r.get("quiet", True) else busy
+        key, mark = (r["op"], r["dtype"], r.get("allocator", "default")), "" if r.get("quiet", True) else busy
         milliseconds = r["step"]["ms"]
         if r["implementation"] == BASELINE:
             plain[key] = milliseconds
@@ -38,8 +38,7 @@ def table(records: Sequence[Record], busy: str) -> Table:
         cost, peak = r.get("watch"), r.get("peak_mb")
         rows.append(
             [
-                r["op"],
-                r["dtype"],
+                *key,
                 WORDS.get(r["implementation"], r["implementation"]),
                 mark + n.significant(milliseconds),
                 mark + more,
@@ -48,7 +47,7 @@ def table(records: Sequence[Record], busy: str) -> Table:
                 n.share(cost["share"]) if cost else n.NOTHING,
             ]
         )
-    return Table(header, rows, "a watched training step, forward to optimizer", frozenset(range(3, len(header))))
+    return Table(header, rows, "a watched training step, forward to optimizer", frozenset(range(4, len(header))))
 
 
 WORDS = {"torch": "not watched", "normkit": "watched, between samples", "normkit, sampled step": "watched, sampled"}
