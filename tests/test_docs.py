@@ -34,7 +34,8 @@ def generate(monkeypatch, tmp_path):
         copy.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             copy.write_bytes(path.read_bytes())
-    for records in (module.RECORDS, module.OVERHEAD, module.SYNCHRONIZED, module.SURGERY, module.SPEEDS, module.DOCTOR):
+    kinds = ("RECORDS", "OVERHEAD", "SYNCHRONIZED", "SURGERY", "SPEEDS", "DOCTOR", "WATCHED")
+    for records in (getattr(module, kind) for kind in kinds):
         if (ROOT / records).exists():
             (tmp_path / records).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / records).symlink_to(ROOT / records)
