@@ -374,7 +374,7 @@ def test_the_table_of_a_comparison_speaks_of_its_own_metric():
     control = {**arm, "name": "layer", "switches": None}
     summary = {"experiment": {"metric": metric}, "points": [{"arms": [control, arm]}]}
     found = strategies.table(summary, {arm["name"]: {"value": 0.2, "low": 0.1, "high": 0.3}})
-    assert found.header[2:4] == ["test bits per character", "better by"]
+    assert found.header[2:4] == ["test bits per character", "difference (less is better)"]
     assert found.rows[0][2:5] == ["3.600 [3.500, 3.700]", "–", "1 of 5"]
     assert found.rows[1][0] == "`layer -> progressive@0%-60%`"
     assert found.rows[1][3:] == ["+0.200 [+0.100, +0.300]", "1 of 5", "0", "0.020", "0.75×"]

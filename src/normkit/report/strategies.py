@@ -19,7 +19,7 @@ def table(summary: Mapping[str, Any], gaps: Mapping[str, Mapping[str, Any]]) -> 
         "arm",
         "rate",
         f"test {metric['name']}",
-        "difference" if metric["higher_is_better"] else "better by",
+        "difference" if metric["higher_is_better"] else "difference (less is better)",
         "diverged",
         "jump in training",
         "jump in evaluation",
