@@ -58,7 +58,8 @@ def test_a_program_is_made_of_torchs_operators(form, training):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", PLANAR, ids=str)
-@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch's own
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch's own, as the next
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_strict_export_and_decompositions_agree(form):
     for training in (True, False):
         _, program = exported(form, training)

@@ -112,8 +112,8 @@ class OnGPU:
 
 
 def test_while_a_graph_is_captured_a_call_costs_nothing(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captured)
     for captured, least in ((False, triton.CALLED), (True, triton.CAPTURED)):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda captured=captured: captured)
         for over, kind in (("[n] c [s...]", "channels"), ("n... [c...]", "rows")):
             assert triton.torch_is_faster(OnGPU(least[kind] - 1), over)
             assert not triton.torch_is_faster(OnGPU(least[kind]), over)
@@ -129,7 +129,9 @@ def test_a_compiler_gets_the_kernels_for_channels_in_training():
         assert faster(triton.COMPILED)
 
 
-@pytest.mark.parametrize(("capability", "hip", "asked"), [((9, 0), None, True), ((7, 5), None, False), ((9, 4), "6", False)])
+@pytest.mark.parametrize(
+    ("capability", "hip", "asked"), [((9, 0), None, True), ((7, 5), None, False), ((9, 4), "6", False)]
+)
 def test_gpus_unlike_the_one_they_ran_on_get_them_when_asked(capability, hip, asked, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "hip", hip)

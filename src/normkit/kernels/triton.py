@@ -78,7 +78,9 @@ def reluctance(call: Call) -> list[str]:
     if PROVEN is None:
         reasons.append('not yet checked on a GPU (bench/gpu/README.md); backend="triton" asks for them')
     if call.x.is_cuda and not _like_the_ones_they_ran_on(call.x.device):
-        reasons.append('checked on NVIDIA GPUs of compute capability 8.0 and later only; backend="triton" asks for them')
+        reasons.append(
+            'checked on NVIDIA GPUs of compute capability 8.0 and later only; backend="triton" asks for them'
+        )
     if torch.compiler.is_compiling():
         if compiler_is_faster(call.x, call.over, call.batch_statistics):
             reasons.append("a compiler of torch's operators is faster here")
