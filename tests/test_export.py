@@ -56,6 +56,10 @@ def test_a_program_is_made_of_torchs_operators(form, training):
     assert {*program.state_dict} == {*block.state_dict()}
 
 
+AROUND = {"wrap_with_set_grad_enabled", "<built-in function getitem>"}
+"""What strict export puts around operators that no gradient passes."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("form", PLANAR, ids=str)
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch's own, as the next
@@ -63,7 +67,8 @@ def test_a_program_is_made_of_torchs_operators(form, training):
 def test_strict_export_and_decompositions_agree(form):
     for training in (True, False):
         _, program = exported(form, training)
-        assert operators(exported(form, training, strict=True)[1]) == operators(program)
+        strict = operators(exported(form, training, strict=True)[1])
+        assert strict - AROUND == operators(program) - AROUND
         decomposed = operators(program.run_decompositions())
         assert all(name.startswith(TORCHS) for name in decomposed)
 
