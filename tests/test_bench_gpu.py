@@ -160,6 +160,7 @@ def test_rows_with_a_goal_come_first_then_models_and_the_other_contenders_last(g
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_parity_is_checked_by_as_many_processes_as_there_are(gpu):
     """Each loads the scripts anew; what they find comes in the order of the tasks."""
     program = (
