@@ -164,6 +164,7 @@ def row_12(rank: int) -> None:
     normkit_row_12(rank)
 
 
+@pytest.mark.slow
 def test_torch_row_12_the_statistics_of_rank_0_win_and_normkit_row_12_those_of_all_ranks_count(tmp_path):
     spawn(2, tmp_path, row_12)
 

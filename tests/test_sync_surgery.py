@@ -288,5 +288,6 @@ def different_layers(rank: int) -> None:
         nk.merge_statistics_(nn.Sequential(nk.BatchNorm1d(3 + rank)))
 
 
+@pytest.mark.slow
 def test_wrapped_sharded_and_merged_models_are_those_of_one_process(tmp_path):
     spawn(len(SIZES), tmp_path, in_each_process)
