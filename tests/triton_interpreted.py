@@ -529,6 +529,7 @@ def test_they_leave_small_tensors_to_torch(monkeypatch):
         assert ("below" in str(told)) is (backend == "torch")
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # inf - inf, of NumPy
 def test_running_statistics_move_in_one_launch_unless_something_is_not_finite():
     for dtype in (torch.float32, torch.float64):
         for wrong in (None, torch.nan, torch.inf):
