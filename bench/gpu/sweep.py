@@ -1,4 +1,4 @@
-"""How the kernels' tensors are cut, tried one choice at a time: ``python bench/gpu/sweep.py --out FILE``.
+"""How the kernels' tensors are cut, tried one choice at a time: ``python bench/gpu/sweep.py PLAN --out FILE``.
 
 Choices are constants of ``triton_*_launch``; what is best over the rows goes there by hand. Kernels are compiled by as
 many processes as there are processors first, then timed by one.

@@ -126,6 +126,7 @@ def settle(
         not FOUND
         or torch.compiler.is_compiling()
         or not (mean.is_cuda or (INTERPRETED and mean.is_cpu))
+        or (mean.is_cuda and not _like_the_ones_they_ran_on(mean.device))
         or any(type(t) is not Tensor or t.device != mean.device for t in (*floats, *counters))
         or any(t.dtype != mean.dtype or not t.is_contiguous() for t in floats)
         or any(t.dtype != torch.int64 for t in counters)

@@ -42,11 +42,21 @@ class Pace(NamedTuple):
     """Of a tile, where it has channels."""
 
     def elements(self, dtype: torch.dtype) -> int:
-        return self.tile if dtype.itemsize == 2 else self.tile // 2
+        return elements(self.tile, dtype)
 
     def scaled(self, factor: float) -> Pace:
         """With more warps, or fewer."""
-        return self._replace(warps=max(1, min(32, int(self.warps * factor))))
+        return self._replace(warps=warps(self.warps, factor))
+
+
+def elements(tile: int, dtype: torch.dtype) -> int:
+    """Of a tile that holds so many of 2 bytes."""
+    return tile if dtype.itemsize == 2 else tile // 2
+
+
+def warps(usual: int, factor: float) -> int:
+    """So many times as many as usual, as far as there can be."""
+    return max(1, min(32, int(usual * factor)))
 
 
 @dataclass(slots=True)

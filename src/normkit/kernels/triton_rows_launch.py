@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from normkit.kernels import contract, triton_launch, triton_rows
-from normkit.kernels.triton_launch import Epilogue, Launch, Pace, Total, parts_of, processors, stages_that_fit
+from normkit.kernels.triton_launch import Epilogue, Launch, Total, parts_of, processors, stages_that_fit
 from normkit.kernels.triton_wide_launch import WideRows
 
 WIDEST = 16384
@@ -34,7 +34,7 @@ class Rows:
         self.bits = contract.bits_needed(work) if epilogue.keeps_bits else 0
         self.wide: WideRows | None = None
         """For the backward pass of wide rows where a gradient of the sum comes in: too much for the registers."""
-        tile = Pace(TILE, 0, 0, 0).elements(dtype)
+        tile = triton_launch.elements(TILE, dtype)
         if self.along_rows:
             samples, rows, self.period = work.n, work.s, 1
             strides = (1, work.s, work.s * work.c)
@@ -61,12 +61,12 @@ class Rows:
     def prepare(self, warps: float = 1.0) -> None:
         """The launches; ``warps``: so many times as many as usual."""
         size = self.BR * self.BF
-        pace = lambda each: Pace(0, max(4, min(16, size // each)), 0, 0).scaled(warps).warps
+        among = lambda each: triton_launch.warps(max(4, min(16, size // each)), warps)
         constants = {
             "ACTIVATION": self.epilogue.activation, "CENTER": self.center, "ALONG_ROWS": self.along_rows,
             "ONE": self.one, "BR": self.BR, "BF": self.BF, "WIDE": triton_launch.is_wide(self.work),
         }  # fmt: skip
-        forward = pace(FORWARD_EACH)
+        forward = among(FORWARD_EACH)
         self._forward = {
             before: Launch(
                 triton_rows.forward, (self.all_blocks * self.period,), (self.blocks, *self._place, self.epilogue.slope),
@@ -77,7 +77,7 @@ class Rows:
         self._backward = Launch(
             triton_rows.backward, (self.parts * self.period,),
             (self.blocks, self.per, self.all_blocks, *self._place, self.epilogue.slope),
-            STAGES=self.stages, **constants, num_warps=pace(BACKWARD_EACH),
+            STAGES=self.stages, **constants, num_warps=among(BACKWARD_EACH),
         )  # fmt: skip
         if self.wide is not None:
             self.wide.prepare(warps)
