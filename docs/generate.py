@@ -29,6 +29,7 @@ from normkit.measure.structure import OF_OPTIMIZER
 from normkit.report import (
     adversarial,
     attention,
+    bench_blocks,
     bench_summary,
     bench_synchronized,
     bench_watch,
@@ -49,7 +50,7 @@ from normkit.watching.quantities import ALL as MEASURED
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = "python docs/generate.py"
-NORMS, RESULTS, SPEED, CALL, PASSES = "norms", "results", "speed", "call", "passes"
+NORMS, RESULTS, SPEED, CALL, PASSES, BLOCKS = "norms", "results", "speed", "call", "passes", "blocks"
 """What README.md and docs/benchmarks.md have marks for: ``<!-- norms:begin -->`` and ``<!-- norms:end -->``."""
 HOLDS, BROKEN = "✓", ""
 NOTHING = "–"
@@ -73,6 +74,7 @@ STRATEGIES = ("strategies", "strategies-text", "strategies-deep")
 OVERHEAD = Path("records") / "bench" / "overhead"
 SYNCHRONIZED = Path("records") / "bench" / "synchronized"
 WATCHED = Path("records") / "bench" / "watch"
+COMPOSED = Path("records") / "bench" / "blocks"
 SMALL = ("small-batches", "cut-batches")
 """Sweeps over the batch size, in the order in which they answer."""
 DIGEST = Path("src") / "normkit" / "small_batches.json"
@@ -355,6 +357,23 @@ def cost_of_watching(root: Path) -> str:
     return (
         f"{answer}{table(found.header, found.rows)}\n\n{same}{made['processor']}, {made['threads of torch']} threads, "
         f"torch {made['torch']}: `{made['command']}`, [every number](../{WATCHED}/report.md). ~: the machine was busy."
+    )
+
+
+def composed_layers(root: Path) -> str:
+    """Recurrent and Transformer layers beside torch's, from the committed record."""
+    file = root / COMPOSED / "bench.jsonl"
+    if not file.exists():
+        return f"No record is committed yet; `normkit bench --op blocks --out {COMPOSED}` makes one."
+    made, *records = read_lines(file)
+    records = [r for r in records if r.get("allocator") == "default" and r.get("implementation") != "torch"]
+    found = bench_blocks.table(records, "", "~")
+    own = [header != "limit" for header in found.header]
+    rows = [[cell for cell, kept in zip(row, own, strict=True) if kept] for row in found.rows]
+    return (
+        f"{table([h for h, kept in zip(found.header, own, strict=True) if kept], rows)}\n\n{made['processor']}, "
+        f"{made['threads of torch']} threads, torch {made['torch']}, default allocator: `{made['command']}`, "
+        f"[every number](../{COMPOSED}/report.md). ~: the machine was busy."
     )
 
 
@@ -735,6 +754,7 @@ def readme(text: str) -> str:
 def benchmarks(text: str) -> str:
     """``text`` with the cost of a call from the committed record."""
     text = between_marks("docs/benchmarks.md", text, CALL, cost_of_a_call(ROOT))
+    text = between_marks("docs/benchmarks.md", text, BLOCKS, composed_layers(ROOT))
     return between_marks("docs/benchmarks.md", text, PASSES, measured_passes(ROOT))
 
 

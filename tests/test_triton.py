@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import normkit as nk
 from normkit.kernels import loading, triton
@@ -140,6 +142,43 @@ def test_gpus_unlike_the_one_they_ran_on_get_them_when_asked(capability, hip, as
         assert triton._like_the_ones_they_ran_on(torch.device("cuda", 0)) is asked
     finally:
         triton._like_the_ones_they_ran_on.cache_clear()
+
+
+@pytest.fixture
+def hindrance(monkeypatch):
+    """Asked anew, on a machine without a C compiler."""
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(triton.shutil, "which", lambda name: None)
+    triton.hindrance_to_start.cache_clear()
+    yield triton.hindrance_to_start
+    triton.hindrance_to_start.cache_clear()
+
+
+@needs_triton
+def test_without_a_c_compiler_torch_runs_instead_and_the_reason_is_told(hindrance):
+    with FakeTensorMode():
+        x = torch.empty(2**25, 8, device="cuda")
+        call = nk.dispatch.Call(nk.LayerNorm.spec, x, None, None, by_torch=lambda: x)
+        assert triton.reasons_against(call) == [hindrance()]
+    assert "Triton finds no C compiler" in hindrance()
+
+
+@needs_triton
+@pytest.mark.parametrize("way", ["CC", "gcc", "build", "headers"])
+def test_what_lets_triton_start(hindrance, way, monkeypatch, tmp_path):
+    match way:
+        case "CC":
+            monkeypatch.setenv("CC", "/opt/cc")
+        case "build":
+            monkeypatch.setattr(importlib.import_module("triton").knobs.build, "impl", lambda *_: "")
+        case _:
+            monkeypatch.setattr(triton.shutil, "which", lambda name: f"/usr/bin/{name}" if name == "gcc" else None)
+    (tmp_path / "Python.h").touch()
+    headers = tmp_path / "none" if way == "headers" else tmp_path
+    monkeypatch.setattr(triton.sysconfig, "get_paths", lambda: {"include": str(headers)})
+    assert (hindrance() is None) is (way != "headers")
+    if way == "headers":
+        assert "Python.h" in hindrance()
 
 
 def test_a_layer_on_the_cpu_loads_no_triton():

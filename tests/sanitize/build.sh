@@ -8,7 +8,7 @@ mkdir -p "$target"
 flags=(-std=c++17 -g -O1 -fopenmp -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wno-psabi
        "-march=${MARCH:-native}" -fsanitize=address,undefined -fno-sanitize-recover=all -Isrc/normkit/csrc)
 objects=()
-for source in src/normkit/csrc/{choose,table,planes,columns,rows,tiles}.cpp tests/sanitize/driver.cpp; do
+for source in src/normkit/csrc/{choose,table,planes,columns,rows,tiles,lstm}.cpp tests/sanitize/driver.cpp; do
     object="$target/$(basename "$source" .cpp).o"
     if [[ ! -e $object || -n $(find src/normkit/csrc tests/sanitize -newer "$object" -name '*.[ch]*') ]]; then
         "${CXX:-g++}" "${flags[@]}" -c "$source" -o "$object"

@@ -182,6 +182,38 @@ const Work kRecorded[] = {
     {Shape::tiles, {}, {}, {}, 0.1, {}, true, true, 2, 96, 49, 0},       // a ConvNeXt
 };
 
+// The gates of an LSTM: forwards against the formula, backwards against its derivative.
+void run_lstm(Type type, int64_t n, int64_t h, int threads) {
+    Buffer driven(type, 4 * n * h), recurrent(type, 4 * n * h), before(type, n * h), gates(type, 3 * n * h);
+    Buffer output(type, n * h), cell(type, n * h), dcell(type, n * h), doutput(type, n * h);
+    Buffer dsum(type, 4 * n * h), dbefore(type, n * h);
+    for (Buffer* buffer : {&driven, &recurrent, &before, &dcell, &doutput}) buffer->fill(2, 0);
+    LstmStep step{};
+    step.type = type, step.n = n, step.h = h, step.threads = threads;
+    step.driven = driven.bytes.get(), step.recurrent = recurrent.bytes.get(), step.before = before.bytes.get();
+    step.gates = gates.bytes.get(), step.output = output.bytes.get(), step.cell = cell.bytes.get();
+    step.dcell = dcell.bytes.get(), step.doutput = doutput.bytes.get();
+    step.dsum = dsum.bytes.get(), step.dbefore = dbefore.bytes.get();
+    lstm_forward(step);
+    lstm_backward(step);
+    const auto sigmoid = [](double x) { return 1 / (1 + std::exp(-x)); };
+    Work told{};
+    told.type = type, told.n = n, told.c = h, told.s = 1;
+    for (int64_t k = 0; k < n * h; ++k) {
+        const int64_t at = k / h * 4 * h + k % h;
+        const auto sum = [&](int gate) { return driven.get(at + gate * h) + recurrent.get(at + gate * h); };
+        const double i = sigmoid(sum(0)), f = sigmoid(sum(1)), g = std::tanh(sum(2)), o = sigmoid(sum(3));
+        const double dc = dcell.get(k);
+        expect(cell.get(k), f * before.get(k) + i * g, 1, "cell", told);
+        expect(output.get(k), o, 1, "output gate", told);
+        expect(dsum.get(at), dc * g * i * (1 - i), 1, "gradient of input gate", told);
+        expect(dsum.get(at + h), dc * before.get(k) * f * (1 - f), 1, "gradient of forget gate", told);
+        expect(dsum.get(at + 2 * h), dc * i * (1 - g * g), 1, "gradient of candidate", told);
+        expect(dsum.get(at + 3 * h), doutput.get(k) * o * (1 - o), 1, "gradient of output gate", told);
+        expect(dbefore.get(k), dc * f, 1, "gradient of the cell before", told);
+    }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -213,6 +245,8 @@ int main(int argc, char** argv) {
         }
         run(w, static_cast<int>(pick(1, 3)), pick(0, 1));
     }
+    for (int i = 0; i < cases / 10; ++i)
+        run_lstm(i % 2 ? Type::f32 : Type::f64, pick(1, 20), pick(1, 70), static_cast<int>(pick(1, 3)));
     std::printf("%d random cases, %zu recorded ones: no complaint\n", cases, std::size(kRecorded));
     return 0;
 }

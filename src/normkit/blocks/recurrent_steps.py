@@ -10,6 +10,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from normkit import dispatch
+from normkit.kernels import lstm as fused_lstm
+
 State = tuple[Tensor, ...]
 """What one step hands to the next, (n, hidden) each: the output first; an LSTM's cell second."""
 CellNorm = Callable[[Tensor], Tensor]
@@ -17,6 +20,10 @@ CellNorm = Callable[[Tensor], Tensor]
 
 def lstm(driven: Tensor, recurrent: Tensor, state: State, cell_norm: CellNorm) -> State:
     """``c' = f c + i g`` and ``h' = o tanh(norm(c'))``; gates in the order i, f, g, o."""
+    fused = fused_lstm.step(driven, recurrent, state[1]) if dispatch.asked(None) in ("auto", "native") else None
+    if fused is not None:
+        cell, output = fused
+        return output * torch.tanh(cell_norm(cell)), cell
     input, forget, candidate, output = (driven + recurrent).chunk(4, 1)
     cell = torch.sigmoid(forget) * state[1] + torch.sigmoid(input) * torch.tanh(candidate)
     return torch.sigmoid(output) * torch.tanh(cell_norm(cell)), cell

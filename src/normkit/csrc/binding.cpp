@@ -18,6 +18,11 @@ constexpr int64_t kHoldLock = 65536;   // elements below which giving the interp
 
 template <class P> P* pointer(uintptr_t address) { return reinterpret_cast<P*>(address); }
 
+int useful(int threads, int64_t elements) {
+    const int64_t most = 1 + elements / kPerThread;
+    return threads < most ? threads : static_cast<int>(most);
+}
+
 class Kernel {
   public:
     Kernel(int shape, int type, int weight_type, int activation, double slope, bool residual, bool center, bool batch,
@@ -82,7 +87,7 @@ class Kernel {
         call.sum_dz = pointer<void>(sums);
         call.sum_dz_x = sums ? pointer<void>(sums + number_ * work_.statistics()) : nullptr;
         call.count = count ? count : static_cast<double>(work_.values());
-        call.steps = steps, call.threads = useful(threads), call.stream = bytes_ >= stream_above();
+        call.steps = steps, call.threads = useful(threads, work_.elements()), call.stream = bytes_ >= stream_above();
         advise(call.dx, bytes_);
         advise(call.dresidual, bytes_);
         if (work_.elements() < kHoldLock) return normkit::backward(work_, call);
@@ -91,13 +96,8 @@ class Kernel {
     }
 
   private:
-    int useful(int threads) const {
-        const int64_t most = 1 + work_.elements() / kPerThread;
-        return threads < most ? threads : static_cast<int>(most);
-    }
-
     void run(Forward& call, int threads) const {
-        call.threads = useful(threads), call.stream = bytes_ >= stream_above();
+        call.threads = useful(threads, work_.elements()), call.stream = bytes_ >= stream_above();
         advise(call.y, bytes_);
         if (work_.elements() < kHoldLock) return normkit::forward(work_, call);
         nb::gil_scoped_release unlocked;
@@ -118,6 +118,29 @@ class Kernel {
     Work work_;
     size_t number_, bytes_;
 };
+
+LstmStep lstm_step(bool wide, int64_t n, int64_t h, uintptr_t before, uintptr_t gates, uintptr_t output, int threads) {
+    LstmStep step{};
+    step.type = wide ? Type::f64 : Type::f32, step.n = n, step.h = h;
+    step.before = pointer<void>(before), step.gates = pointer<void>(gates), step.output = pointer<void>(output);
+    step.threads = useful(threads, 4 * n * h);
+    return step;
+}
+
+void lstm_forwards(bool wide, int64_t n, int64_t h, uintptr_t driven, uintptr_t recurrent, uintptr_t before,
+                   uintptr_t gates, uintptr_t output, uintptr_t cell, int threads) {
+    LstmStep step = lstm_step(wide, n, h, before, gates, output, threads);
+    step.driven = pointer<void>(driven), step.recurrent = pointer<void>(recurrent), step.cell = pointer<void>(cell);
+    lstm_forward(step);
+}
+
+void lstm_backwards(bool wide, int64_t n, int64_t h, uintptr_t before, uintptr_t gates, uintptr_t output,
+                    uintptr_t dcell, uintptr_t doutput, uintptr_t dsum, uintptr_t dbefore, int threads) {
+    LstmStep step = lstm_step(wide, n, h, before, gates, output, threads);
+    step.dcell = pointer<void>(dcell), step.doutput = pointer<void>(doutput);
+    step.dsum = pointer<void>(dsum), step.dbefore = pointer<void>(dbefore);
+    lstm_backward(step);
+}
 
 // Copies what is proposed into the running statistics, unless a variance among it is NaN or infinite; true: it did.
 template <class N> bool settled(N* mean, N* var, const N* new_mean, const N* new_var, int64_t n) {
@@ -151,6 +174,8 @@ NB_MODULE(_native, m) {
         .def("normalise", &Kernel::normalise)
         .def("backward", &Kernel::backward);
     m.def("settle", &settle);
+    m.def("lstm_forward", &lstm_forwards);
+    m.def("lstm_backward", &lstm_backwards);
     m.def("isa", [] { return std::string(isa()); });
     m.def("stream_above", &stream_above);
     m.def("set_stream_above", &set_stream_above);

@@ -84,6 +84,9 @@ void backward(const Work& work, const Backward& call) {
     }
 }
 
+void lstm_forward(const LstmStep& step) { kernels_for(step.type).lstm_forward(step); }
+void lstm_backward(const LstmStep& step) { kernels_for(step.type).lstm_backward(step); }
+
 int64_t bits_needed(const Work& work) {
     if (work.activation != Activation::relu || !work.residual) return 0;
     switch (work.shape) {

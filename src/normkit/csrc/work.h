@@ -76,6 +76,18 @@ struct Backward {
     bool stream;
 };
 
+// One time step of an LSTM of n samples and h units, between its norms. (n, h) each, but for driven, recurrent and dsum,
+// the gradient of their sum: (n, 4 h), the gates in the order i, f, g, o.
+struct LstmStep {
+    Type type;  // f32 or f64
+    int64_t n, h;
+    const void *driven, *recurrent, *before;  // before: the cell of the step before
+    void *gates, *output, *cell;              // behind their activations: i, f and g in (n, 3 h), and o
+    const void *dcell, *doutput;              // null: no gradient
+    void *dsum, *dbefore;
+    int threads;
+};
+
 // Bits of one run of `length` elements are padded to whole 16s, so that every run starts on a byte.
 inline int64_t bit_bytes(int64_t length) { return (length + 15) / 16 * 2; }
 
@@ -103,10 +115,14 @@ struct Kernels {
     void (*rows_backward)(const Work&, const Backward&);
     void (*tiles_forward)(const Work&, const Forward&);
     void (*tiles_backward)(const Work&, const Backward&);
+    void (*lstm_forward)(const LstmStep&);
+    void (*lstm_backward)(const LstmStep&);
 };
 
 const char* isa();  // the instruction set that this machine runs
 void forward(const Work& work, const Forward& call);
 void backward(const Work& work, const Backward& call);
+void lstm_forward(const LstmStep& step);
+void lstm_backward(const LstmStep& step);
 
 }  // namespace normkit

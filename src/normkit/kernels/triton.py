@@ -9,6 +9,9 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import shutil
+import sysconfig
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,6 +53,8 @@ def reasons_against(call: Call) -> list[str]:
             return [f"tensors are on {call.x.device} and on {tensor.device}"]
         if tensor.layout is not torch.strided:
             return ["a tensor is sparse or nested"]
+    if call.x.is_cuda and (hindrance := hindrance_to_start()):
+        return [hindrance]
     if call.x.dtype not in TYPES:
         return [f"no Triton kernel for {call.x.dtype}"]
     if call.counted is not None:
@@ -114,6 +119,20 @@ def _like_the_ones_they_ran_on(device: torch.device) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= OLDEST
 
 
+@functools.cache
+def hindrance_to_start() -> str | None:
+    """Why Triton cannot start a kernel on this machine: what starts one it compiles from C, when it first runs."""
+    from triton import knobs
+
+    if knobs.build.impl is not None:  # somebody has another way
+        return None
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton finds no C compiler, which it wants at run time: install gcc or clang, or set CC"
+    if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
+        return "Triton finds no Python.h, which it wants at run time: install the headers of Python (python3-dev)"
+    return None
+
+
 def settle(
     mean: Tensor, var: Tensor, new_mean: Tensor, new_var: Tensor, tracked: Tensor | None, skipped: Tensor | None
 ) -> bool:
@@ -126,7 +145,7 @@ def settle(
         not FOUND
         or torch.compiler.is_compiling()
         or not (mean.is_cuda or (INTERPRETED and mean.is_cpu))
-        or (mean.is_cuda and not _like_the_ones_they_ran_on(mean.device))
+        or (mean.is_cuda and (not _like_the_ones_they_ran_on(mean.device) or hindrance_to_start()))
         or any(type(t) is not Tensor or t.device != mean.device for t in (*floats, *counters))
         or any(t.dtype != mean.dtype or not t.is_contiguous() for t in floats)
         or any(t.dtype != torch.int64 for t in counters)

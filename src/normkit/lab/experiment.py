@@ -77,6 +77,8 @@ class Experiment:
     update: how a step is taken, `update(model, optimizer, inputs, targets)`, where it is more than the loss of one
         forward pass going down; returns the loss that is logged. What it draws comes from the global generators.
     optimizer_options: further arguments of `optimizer`, as torch names them; not of one that an arm names.
+    probed: how many validation samples are looked at inside the network while a final run trains (inside.jsonl);
+        fewer where one sample is a whole sequence of what a norm counts as samples.
     """
 
     model: Callable[..., nn.Module]
@@ -101,9 +103,10 @@ class Experiment:
     fold: bool = False
     update: Callable[[nn.Module, Optimizer, Any, Tensor], Tensor] | None = None
     optimizer_options: Mapping[str, Any] = field(default_factory=dict)
+    probed: int = 512
 
     def __post_init__(self) -> None:
-        for name in ("steps", "quick_steps", "eval_every", "batch_size"):
+        for name in ("steps", "quick_steps", "eval_every", "batch_size", "probed"):
             number = getattr(self, name)
             if number is not None and (not isinstance(number, int) or number < 1):
                 raise LabError(f"Experiment {self.name}: {name}={number!r}; give a whole number from 1")

@@ -26,7 +26,7 @@ from normkit.lab.cell import FINAL, Cell
 from normkit.lab.data import Data, Order, Split
 from normkit.lab.experiment import Experiment
 from normkit.lab.journal import Journal
-from normkit.lab.probe import SAMPLES, Probe, untouched_generators
+from normkit.lab.probe import Probe, untouched_generators
 from normkit.lab.ranks import ALONE, Ranks
 from normkit.lab.seeds import derive
 from normkit.lab.step import Step
@@ -87,7 +87,7 @@ class Run:
             self.switching = Switching(arm.strategy, self.model, self.optimizer, cell.steps)
             self.between_steps.insert(0, self.switching)
         if cell.phase == FINAL and ranks.alone:  # its forward pass is this process's own: others would wait for it
-            batch, _ = data.validation.first(SAMPLES)
+            batch, _ = data.validation.first(experiment.probed)
             self.between_steps.append(Probe(self.inside, batch, cell.steps))
         seed_everything(derive(cell.seed, "training", *([] if ranks.alone else [ranks.rank])))
 

@@ -70,5 +70,6 @@ def digits_vit(data: str | None = None, depth: int = 4, width: int = 32, heads: 
         eval_every=10,
         batch_size=32,
         initial=initial_weights,
+        probed=64,
         fold=True,
     )

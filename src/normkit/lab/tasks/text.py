@@ -74,6 +74,7 @@ def text(depth: int = 2, width: int = 64, context: int = 64, heads: int = 4) -> 
         eval_every=10,
         batch_size=8,
         initial=initial_weights,
+        probed=16,
     )
 
 

@@ -16,7 +16,7 @@ from normkit.lab.errors import LabError
 from normkit.lab.norm_layer import NormLayer
 
 # As many as fit into six minutes; the whole list is in docs/recurrent-and-attention.md.
-ARMS = ("layer", "layer+qk:rms", "batch", "batch+ffn:batch", "progressive:50%:10%")
+ARMS = ("layer", "batch", "batch+ffn:batch", "progressive:50%:10%")
 DEVIATION = 0.02  # of embeddings and positions at the start, as in GPT-2
 
 
