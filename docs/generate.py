@@ -59,8 +59,8 @@ RESTORES = "restores"
 RECORDS = Path("records") / "compare"
 TASKS = ("digits", "digits-relu", "digits-cnn")
 """In the order of the README."""
-ATTENTION = ("text", "digits-vit")
-"""Tasks about Transformers, shown in docs/recurrent-and-attention.md."""
+ATTENTION = ("text", "text-thorough", "digits-vit", "digits-vit-thorough")
+"""Tasks about Transformers, shown in docs/recurrent-and-attention.md: many arms, then the default ones thoroughly."""
 RECURRENT = {
     "digits-sequence": "normkit compare digits-sequence --thorough",
     "digits-sequence-pixels": "normkit compare digits-sequence --set unit=pixels --seeds 5 --search-seeds 1",
@@ -524,7 +524,7 @@ def transformer_compared(task: str) -> str:
     where = RECORDS / task
     file = ROOT / where / "summary.json"
     if not file.exists():
-        return f"No record is committed yet; `normkit compare {task} --thorough` makes one."
+        return f"No record is committed yet; `normkit compare {task.removesuffix('-thorough')} --thorough` makes one."
     summary = json.loads(file.read_text(encoding="utf-8"))
     about, made, runs = summary["experiment"], summary["experiment"]["environment"], final_runs(summary)
     names = [arm["name"] for arm in about["arms"]]

@@ -66,7 +66,7 @@ def variants(data: str | None = None, depth: int = 6, width: int = 12) -> Experi
         optimizer="momentum",
         rates=MOMENTUM_RATES,
         steps=200,
-        quick_steps=80,
+        quick_steps=50,
         eval_every=10,
         batch_size=32,
         dim=2,
