@@ -69,6 +69,8 @@ RECURRENT = {
     ),
 }
 """Comparisons of recurrent networks, shown in docs/what-works-where.md, and the commands that make them."""
+ADVERSARIAL = ("gan-ring", "gan-ring-thorough", "gan-digits")
+"""Comparisons of adversarial networks, shown in docs/conditional-and-gan.md."""
 STRATEGIES = ("strategies", "strategies-text", "strategies-deep")
 """Comparisons of strategies, shown in docs/strategies.md; the first arm of each is the control that never changes."""
 OVERHEAD = Path("records") / "bench" / "overhead"
@@ -549,9 +551,10 @@ def transformer_compared(task: str) -> str:
 
 def gan_page(text: str) -> str:
     """``text`` of docs/conditional-and-gan.md with the comparisons of adversarial networks."""
-    for data in ("ring", "digits"):
-        content = adversarial_networks(ROOT, RECORDS / f"gan-{data}", f"normkit compare gan --data {data} --thorough")
-        text = between_marks("docs/conditional-and-gan.md", text, f"gan-{data}", content)
+    for name in ADVERSARIAL:
+        data = name.removeprefix("gan-").removesuffix("-thorough")
+        content = adversarial_networks(ROOT, RECORDS / name, f"normkit compare gan --data {data} --thorough")
+        text = between_marks("docs/conditional-and-gan.md", text, name, content)
     return text
 
 

@@ -21,8 +21,10 @@ SMALL_BUDGET = (
     *("digits-sequence-pixels", "digits-sequence-permuted"),
 )
 """With a budget that their page states; every other record is a thorough comparison."""
-ADVERSARIAL = ("gan-ring", "gan-digits")
+ADVERSARIAL = ("gan-ring", "gan-ring-thorough", "gan-digits")
 """With ten seeds at least; the task has an option, so that its name is not the record's."""
+THOROUGH = "-thorough"
+"""The default arms with all seeds, beside a record of more arms or steps with fewer."""
 PAGES = {
     **dict.fromkeys(SWEEPS, "docs/small-batches.md"),
     **dict.fromkeys(STRATEGIES, "docs/strategies.md"),
@@ -31,7 +33,7 @@ PAGES = {
         "docs/what-works-where.md",
     ),
     **dict.fromkeys(ADVERSARIAL, "docs/conditional-and-gan.md"),
-    **dict.fromkeys(("text", "digits-vit"), "docs/recurrent-and-attention.md"),
+    **dict.fromkeys(("text", "text-thorough", "digits-vit", "digits-vit-thorough"), "docs/recurrent-and-attention.md"),
 }
 """Where the others are shown; the thorough ones are in the README, answer and picture."""
 COMMITTED = {"summary.json", "report.html", "report.md", "picture.svg"}
@@ -80,11 +82,13 @@ def test_a_record_is_a_run_that_its_command_makes_again_and_four_small_files(rec
         assert re.search(r"--seeds \d+ --search-seeds 1", experiment["command"])
         assert "--out" not in experiment["command"]
     elif record.name in ADVERSARIAL:
-        assert experiment["command"].startswith(f"normkit compare gan --data {record.name.removeprefix('gan-')}")
+        data = record.name.removeprefix("gan-").removesuffix(THOROUGH)
+        assert experiment["command"].startswith(f"normkit compare gan --data {data}")
         assert len(experiment["seeds"]) >= 10
+        assert experiment["budget"] == "thorough" or not record.name.endswith(THOROUGH)
     else:
         assert experiment["budget"] == "thorough"
-        assert experiment["command"] == f"normkit compare {record.name} --thorough"
+        assert experiment["command"] == f"normkit compare {record.name.removesuffix(THOROUGH)} --thorough"
     assert (record / "report.html").stat().st_size < 2_000_000
     assert sum(path.stat().st_size for path in record.iterdir()) < 4_000_000
 
