@@ -148,3 +148,11 @@ def test_seeds_of_different_purposes_differ():
     seeds = {derive(seed, purpose) for seed in range(50) for purpose in ("order", "weights", "split")}
     assert len(seeds) == 150
     assert derive(3, "order", 1) != derive(31, "order")
+
+
+def test_an_axis_of_one_may_have_any_stride():
+    """So does a sequence of single pixels that is a view of images."""
+    x = torch.arange(12.0).view(2, 1, 6).mT
+    assert x.stride(-1) != 1
+    prints = [fingerprint(as_data(((x_, torch.zeros(2)),) * 3, "test")) for x_ in (x, x.clone().contiguous(), x + 1)]
+    assert prints[0] == prints[1] != prints[2]

@@ -128,7 +128,7 @@ def fingerprint(data: Data) -> str:
 def _bytes(part: Any) -> bytes:
     if isinstance(part, Tensor):
         header = f"{part.dtype}{tuple(part.shape)}".encode()
-        return header + part.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if part.ndim else header
+        return header + part.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes() if part.ndim else header
     return repr(part).encode()
 
 
