@@ -64,9 +64,7 @@ ATTENTION = ("text", "text-thorough", "digits-vit", "digits-vit-thorough")
 RECURRENT = {
     "digits-sequence": "normkit compare digits-sequence --thorough",
     "digits-sequence-pixels": "normkit compare digits-sequence --set unit=pixels --seeds 5 --search-seeds 1",
-    "digits-sequence-permuted": (
-        "normkit compare digits-sequence --set unit=pixels --set permuted=true --seeds 5 --search-seeds 1"
-    ),
+    "digits-sequence-permuted": "normkit compare digits-sequence --set permuted=true --thorough",
 }
 """Comparisons of recurrent networks, shown in docs/what-works-where.md, and the commands that make them."""
 ADVERSARIAL = ("gan-ring", "gan-ring-thorough", "gan-digits")
