@@ -127,8 +127,8 @@ def fingerprint(data: Data) -> str:
 
 def _bytes(part: Any) -> bytes:
     if isinstance(part, Tensor):
-        header = f"{part.dtype}{tuple(part.shape)}".encode()
-        return header + part.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes() if part.ndim else header
+        values = part.detach().cpu().flatten().contiguous()  # by way of bytes: NumPy has no bfloat16
+        return f"{part.dtype}{tuple(part.shape)}".encode() + values.view(torch.uint8).numpy().tobytes()
     return repr(part).encode()
 
 
