@@ -67,8 +67,12 @@ RECURRENT = {
     "digits-sequence-permuted": "normkit compare digits-sequence --set permuted=true --thorough",
 }
 """Comparisons of recurrent networks, shown in docs/what-works-where.md, and the commands that make them."""
-ADVERSARIAL = ("gan-ring", "gan-ring-thorough", "gan-digits")
-"""Comparisons of adversarial networks, shown in docs/conditional-and-gan.md."""
+ADVERSARIAL = {
+    "gan-ring": "normkit compare gan --data ring --steps 1500 --seeds 10 --search-seeds 1",
+    "gan-ring-thorough": "normkit compare gan --thorough",
+    "gan-digits": "normkit compare gan --data digits --thorough",
+}
+"""Comparisons of adversarial networks, shown in docs/conditional-and-gan.md, and the commands that make them."""
 STRATEGIES = ("strategies", "strategies-text", "strategies-deep")
 """Comparisons of strategies, shown in docs/strategies.md; the first arm of each is the control that never changes."""
 OVERHEAD = Path("records") / "bench" / "overhead"
@@ -549,9 +553,8 @@ def transformer_compared(task: str) -> str:
 
 def gan_page(text: str) -> str:
     """``text`` of docs/conditional-and-gan.md with the comparisons of adversarial networks."""
-    for name in ADVERSARIAL:
-        data = name.removeprefix("gan-").removesuffix("-thorough")
-        content = adversarial_networks(ROOT, RECORDS / name, f"normkit compare gan --data {data} --thorough")
+    for name, command in ADVERSARIAL.items():
+        content = adversarial_networks(ROOT, RECORDS / name, command)
         text = between_marks("docs/conditional-and-gan.md", text, name, content)
     return text
 
