@@ -63,7 +63,10 @@ ATTENTION = ("text", "text-thorough", "digits-vit", "digits-vit-thorough")
 """Tasks about Transformers, shown in docs/recurrent-and-attention.md: many arms, then the default ones thoroughly."""
 RECURRENT = {
     "digits-sequence": "normkit compare digits-sequence --thorough",
-    "digits-sequence-pixels": "normkit compare digits-sequence --set unit=pixels --seeds 5 --search-seeds 1",
+    "digits-sequence-pixels": (
+        "normkit compare digits-sequence --set unit=pixels "
+        "--arms 'none, batch+scale:0.1, batch+scale:1, batch+where:input, layer' --seeds 5 --search-seeds 1"
+    ),
     "digits-sequence-permuted": "normkit compare digits-sequence --set permuted=true --thorough",
 }
 """Comparisons of recurrent networks, shown in docs/what-works-where.md, and the commands that make them."""
