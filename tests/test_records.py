@@ -23,7 +23,11 @@ SMALL_BUDGET = (
 """With a budget that their page states; every other record is a thorough comparison."""
 ADVERSARIAL = ("gan-ring", "gan-digits")
 """With ten seeds at least; the task has an option, so that its name is not the record's."""
-ASKED = {"digits-sequence-permuted": "digits-sequence --set permuted=true", "gan-ring-thorough": "gan"}
+ASKED = {
+    "digits-sequence-permuted": "digits-sequence --set permuted=true",
+    "digits-vit-thorough": "digits-vit --arms 'layer, batch, batch+ffn:batch, progressive:50%:10%'",
+    "gan-ring-thorough": "gan",
+}
 """Thorough comparisons whose record has another name than the task."""
 THOROUGH = "-thorough"
 """The default arms with all seeds, beside a record of more arms or steps with fewer."""

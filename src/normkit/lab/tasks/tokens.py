@@ -1,4 +1,4 @@
-"""tokens: the Transformer that text and digits-vit share, and the arms that both are asked about."""
+"""tokens: the Transformer that text and digits-vit share."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from normkit.lab import initial
 from normkit.lab.errors import LabError
 from normkit.lab.norm_layer import NormLayer
 
-# As many as fit into six minutes; the whole list is in docs/recurrent-and-attention.md.
-ARMS = ("layer", "batch", "batch+ffn:batch", "progressive:50%:10%")
 DEVIATION = 0.02  # of embeddings and positions at the start, as in GPT-2
 
 
