@@ -480,6 +480,7 @@ def test_torch_compile_takes_it_whole(form):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, in dynamo
 @every_planar_form
 def test_torch_compile_takes_every_mask_whole(form):
     mask = mask_for(form, ORDINARY.input(form, torch.float32))
