@@ -68,7 +68,7 @@ def digits_vit(data: str | None = None, depth: int = 4, width: int = 32, heads: 
         optimizer="adamw",
         rates=ADAM_RATES,
         steps=200,
-        quick_steps=80,
+        quick_steps=55,
         eval_every=10,
         batch_size=32,
         initial=initial_weights,

@@ -72,7 +72,7 @@ def text(depth: int = 2, width: int = 64, context: int = 64, heads: int = 4) -> 
         optimizer="adamw",
         rates=ADAM_RATES,
         steps=250,
-        quick_steps=80,
+        quick_steps=55,
         eval_every=10,
         batch_size=8,
         initial=initial_weights,
