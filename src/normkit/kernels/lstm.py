@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normkit.kernels import loading, native
+from normkit.kernels import loading, native, phases
 
 _TYPES = (torch.float32, torch.float64)
 
@@ -23,7 +23,7 @@ def step(driven: Tensor, recurrent: Tensor, cell: Tensor) -> tuple[Tensor, Tenso
     Returns:
         The new cell and the output gate, (n, h) each; ``None`` where the kernel cannot run.
     """
-    if loading.module is None or torch.compiler.is_compiling() or native._is_watched():
+    if loading.module is None or phases.watched():
         return None
     for tensor in (driven, recurrent, cell):
         if type(tensor) is not Tensor or not tensor.is_cpu or tensor.dtype not in _TYPES:
