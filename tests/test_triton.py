@@ -33,17 +33,22 @@ def interpreted(*arguments: str) -> None:
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
+FILES = ("triton_interpreted.py", "triton_resident_interpreted.py")
+
+
 @pytest.mark.slow
 @needs_triton
-def test_in_the_interpreter_a_few_of_them():
-    interpreted(str(HERE / "triton_interpreted.py"), "-m", "not slow")
+@pytest.mark.parametrize("file", FILES)
+def test_in_the_interpreter_a_few_of_them(file):
+    interpreted(str(HERE / file), "-m", "not slow")
 
 
 @needs_triton
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_in_the_interpreter_every_path():
-    interpreted(str(HERE / "triton_interpreted.py"), "-m", "slow")
+@pytest.mark.parametrize("file", FILES)
+def test_in_the_interpreter_every_path(file):
+    interpreted(str(HERE / file), "-m", "slow")
 
 
 @needs_triton

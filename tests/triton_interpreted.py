@@ -22,6 +22,7 @@ from normkit.kernels import (
     triton_channels_launch,
     triton_launch,
     triton_prenorm,
+    triton_resident_launch,
     triton_rows_launch,
     triton_wide_launch,
 )
@@ -46,12 +47,13 @@ def _small_tiles(monkeypatch):
     monkeypatch.setattr(triton_rows_launch, "TILE", 512)
     monkeypatch.setattr(triton_rows_launch, "WIDEST", 32)
     monkeypatch.setattr(triton_wide_launch, "PACE", triton_wide_launch.PACE._replace(tile=512))
+    monkeypatch.setattr(triton_resident_launch, "SHARE", 0)  # those have tests of their own
     processors(1, monkeypatch)
 
 
 def processors(count: int, monkeypatch) -> None:
     """Of a GPU that is not there."""
-    for module in (triton_launch, triton_channels_launch, triton_rows_launch):
+    for module in (triton_launch, triton_rows_launch):
         monkeypatch.setattr(module, "processors", lambda device: count)
 
 

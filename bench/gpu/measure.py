@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fnmatch
+import itertools
 import multiprocessing
 import os
 import subprocess
@@ -41,6 +42,8 @@ from verdict import markdown, table  # noqa: E402
 from normkit.bench import parity  # noqa: E402
 from normkit.bench.inputs import FORMATS, Inputs, inputs, weight_dtype  # noqa: E402
 from normkit.bench.peers import ours  # noqa: E402
+from normkit.kernels import plan  # noqa: E402
+from normkit.kernels import triton_resident_launch as resident  # noqa: E402
 from normkit.vocabulary.record import encode_line, read_lines  # noqa: E402
 
 Record = dict[str, Any]
@@ -48,23 +51,42 @@ SECONDS = {"torch.compile, autotuned": 40.0, "torch.compile": 15.0}
 CALLING = 2.0
 """Seconds that a contender may take: what is not begun in time would end after it."""
 PARITY_TYPES = ("float32", "bfloat16", "float16")
+ROUTES = ("passes", "resident")
+"""Of statistics per channel or group: two passes over the tensor in launches of their own, or all in one launch."""
 PARTS: tuple[Part, ...] = ("forward", "backward", "step")
 
 
 def checks(row: Row, device: str) -> Iterator[Record]:
-    """One record per type: the row's norm on a smaller tensor against the oracle."""
-    for dtype in PARITY_TYPES:
-        record = {"kind": "parity", "row": row.name, "shape": list(row.case.shape), "dtype": dtype}
-        given = inputs(row.case, dtype, row.layout, device)
-        kind = getattr(torch, weight_dtype(row.case, dtype))
-        try:
-            right = parity.truth(row.case, given, kind)
-            found = parity.check(ours(row.case, kind, given, "triton"), given, right)
-            wrong = parity.objection(found)
-        except Exception as error:
-            yield {**record, "state": "red", "why": f"{type(error).__name__}: {str(error)[:300]}"}
-            continue
-        yield {**record, "state": "red" if wrong else "green", "why": wrong, "parity": parity.to_json(found)}
+    """One record per type and route: the row's norm on a smaller tensor against the oracle."""
+    for dtype, route in itertools.product(PARITY_TYPES, ("passes",) if row.case.features_last else ROUTES):
+        with _routed(route):
+            yield _check(row, dtype, route, device)
+
+
+@contextlib.contextmanager
+def _routed(route: str) -> Iterator[None]:
+    """A small tensor goes through one launch; ``passes``: through those that a large one takes."""
+    before = resident.SHARE
+    resident.SHARE = before if route == "resident" else 0.0
+    plan._plans.clear()
+    try:
+        yield
+    finally:
+        resident.SHARE = before
+        plan._plans.clear()
+
+
+def _check(row: Row, dtype: str, route: str, device: str) -> Record:
+    record = {"kind": "parity", "row": row.name, "shape": list(row.case.shape), "dtype": dtype, "route": route}
+    given = inputs(row.case, dtype, row.layout, device)
+    kind = getattr(torch, weight_dtype(row.case, dtype))
+    try:
+        right = parity.truth(row.case, given, kind)
+        found = parity.check(ours(row.case, kind, given, "triton"), given, right)
+        wrong = parity.objection(found)
+    except Exception as error:
+        return {**record, "state": "red", "why": f"{type(error).__name__}: {str(error)[:300]}"}
+    return {**record, "state": "red" if wrong else "green", "why": wrong, "parity": parity.to_json(found)}
 
 
 def timings(row: Row, clock: Any, bandwidth: float, out_of_time: Any, who: Any) -> Iterator[Record]:

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import normkit as nk
+from normkit.kernels import plan
+from normkit.kernels import triton_resident_launch as resident
+from normkit.kernels.triton_launch import cache
 from normkit.kernels.triton_prenorm import add_norm
 from normkit.statistics import Ghost
 
@@ -76,6 +79,42 @@ def running(dtype: torch.dtype, device: str) -> Iterator[Pair]:
 def halves(dtype: torch.dtype, device: str) -> Iterator[Pair]:
     """Measured by one launch, normalised by another: ghost batches."""
     yield from _against_oracle(_layer(statistics=Ghost(2)), dtype, device)
+
+
+def turns(dtype: torch.dtype, device: str) -> Iterator[Pair]:
+    """One launch whose teams take several turns: right, and twenty times the same, whoever comes first."""
+    shape = (16, 64, 28, 28) if device == "cuda" else (4, 16, 7, 7)
+    turn = 2 * 8 * shape[0] * shape[2] * shape[3] * dtype.itemsize
+    before, resident.SHARE = resident.SHARE, 2 * turn / cache(torch.device(device))
+    plan._plans.clear()
+    try:
+        for norm in (nk.BatchNorm2d(shape[1]), nk.GroupNorm(8, shape[1]), nk.InstanceNorm2d(shape[1], affine=True)):
+            for last in (False, True):
+                x, upstream = (_draw(shape, dtype, device, seed) for seed in (1, 2))
+                if last:
+                    x, upstream = (t.to(memory_format=torch.channels_last) for t in (x, upstream))
+                yield from _again_and_again(norm.to(device), x.requires_grad_(), upstream, "last" if last else "first")
+    finally:
+        resident.SHARE = before
+        plan._plans.clear()
+
+
+def _again_and_again(own: Any, x: Tensor, upstream: Tensor, what: str) -> Iterator[Pair]:
+    exact = copy.deepcopy(own).cpu().double()
+    own.backend, exact.backend = "triton", "reference"
+    wanted = x.detach().cpu().double().requires_grad_()
+    right = exact(wanted)
+    (gradient,) = torch.autograd.grad(right, wanted, upstream.cpu().double())
+    name, first, same = f"{type(own).__name__}, channels {what}", None, True
+    for _ in range(20 if x.is_cuda else 2):
+        y = own(x)
+        (dx,) = torch.autograd.grad(y, x, upstream)
+        first = first or (y.detach(), dx)
+        same = same and torch.equal(y, first[0]) and torch.equal(dx, first[1])
+    assert first is not None
+    yield f"y of {name}", first[0], right
+    yield f"x of {name}", first[1], gradient
+    yield f"the same again, {name}", torch.tensor([float(same)]), torch.ones(1)
 
 
 def compiled(dtype: torch.dtype, device: str) -> Iterator[Pair]:
@@ -152,7 +191,7 @@ def huge(dtype: torch.dtype, device: str) -> Iterator[Pair]:
 
 
 PATHS: dict[str, Callable[[torch.dtype, str], Iterator[Pair]]] = {
-    path.__name__: path for path in (evaluation, running, halves, compiled, added, replayed, huge)
+    path.__name__: path for path in (evaluation, running, halves, turns, compiled, added, replayed, huge)
 }
 
 

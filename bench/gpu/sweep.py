@@ -27,6 +27,7 @@ from rows import ROWS, Row  # noqa: E402
 from normkit.bench.peers import ours  # noqa: E402
 from normkit.kernels import plan  # noqa: E402
 from normkit.kernels import triton_channels_launch as channels_launch  # noqa: E402
+from normkit.kernels import triton_resident_launch as resident_launch  # noqa: E402
 from normkit.kernels import triton_rows_launch as rows_launch  # noqa: E402
 from normkit.kernels import triton_wide_launch as wide_launch  # noqa: E402
 from normkit.kernels.triton_launch import Pace  # noqa: E402
@@ -34,29 +35,36 @@ from normkit.kernels.triton_launch import Pace  # noqa: E402
 PLACES = {
     "FE": (rows_launch, "FORWARD_EACH"), "BE": (rows_launch, "BACKWARD_EACH"), "RS": (rows_launch, "STAGES"),
     "RP": (rows_launch, "PROGRAMS"), "RT": (rows_launch, "TILE"), "X": (rows_launch, "WIDEST"),
-    "R": (wide_launch, "MOST_ROWS"), "WR": (wide_launch, "MERGED"),
+    "R": (wide_launch, "MOST_ROWS"), "WR": (wide_launch, "MERGED"), "T": (resident_launch, "TEAMS"),
+    "SH": (resident_launch, "SHARE"), "NC": (resident_launch, "NARROWEST"),
 }  # fmt: skip
-PACES = {"M": "MEASURING", "S": "SUMMING", "W": "WRITING"}
+PACES = {
+    "M": (channels_launch, "MEASURING"), "S": (channels_launch, "SUMMING"), "W": (channels_launch, "WRITING"),
+    "N": (resident_launch, "STAYING"),
+}  # fmt: skip
 USUAL = {key: getattr(*place) for key, place in PLACES.items()}
-USUAL_PACES = {name: dict(getattr(channels_launch, name)) for name in PACES.values()}
+USUAL_PACES = {place: dict(getattr(*place)) for place in PACES.values()}
 USUAL_WIDE = wide_launch.PACE
 
 
 def choose(words: str) -> None:
-    """``M``, ``S``, ``W``: tile, warps, stages, programs and channels of a pass; ``V``: of split rows."""
+    """``M``, ``S``, ``W``, ``N``: tile, warps, stages, programs and channels of a pass; ``V``: of split rows; ``SH``
+    in hundredths; ``NC`` in both layouts."""
     for key, (module, name) in PLACES.items():
         setattr(module, name, USUAL[key])
-    for name, usual in USUAL_PACES.items():
-        setattr(channels_launch, name, dict(usual))
+    for place, usual in USUAL_PACES.items():
+        setattr(*place, dict(usual))
     wide_launch.PACE = USUAL_WIDE
     for word in words.split():
         key, value = word.split("=")
         if key in PACES:
-            setattr(
-                channels_launch, PACES[key], dict.fromkeys(("planes", "columns"), Pace(*map(int, value.split(","))))
-            )
+            setattr(*PACES[key], dict.fromkeys(("planes", "columns"), Pace(*map(int, value.split(",")))))
         elif key == "V":
             wide_launch.PACE = Pace(*map(int, value.split(",")))
+        elif key == "SH":
+            resident_launch.SHARE = int(value) / 100
+        elif key == "NC":
+            resident_launch.NARROWEST = dict.fromkeys(("planes", "columns"), int(value))
         else:
             setattr(*PLACES[key], int(value))
     plan._plans.clear()
@@ -89,6 +97,7 @@ def main() -> None:
     asked.add_argument("--out", type=Path)
     asked.add_argument("--compile", help="I/N: compile every N-th line from the I-th on, time nothing")
     asked.add_argument("--workers", type=int, default=os.cpu_count())
+    asked.add_argument("--profile", action="store_true", help="the time of every kernel, too")
     options = asked.parse_args()
     rows = {row.name: row for row in ROWS}
     lines = [line.split("|") for line in options.plan.read_text().splitlines() if line.strip()]
@@ -123,7 +132,7 @@ def main() -> None:
                     given = _drawn_there(row, "cuda")
                 step = tried(row, given, words)
                 told = clock.events(step)
-                each = profiled(clock, step)
+                each = profiled(clock, step) if options.profile else {}
             except Exception as error:
                 print(row.name, words, type(error).__name__, str(error)[:300], flush=True)
                 continue

@@ -83,13 +83,24 @@ def measure(
     x, partials, n, c, s, stride_c, stride_s, tiles, items, parts, blocks, size, BC: tl.constexpr, BP: tl.constexpr,
     WIDE: tl.constexpr, ALIGNED: tl.constexpr, STAGES: tl.constexpr,
 ):
-    """Count, mean and squared deviations, each (sections, c, parts) of float32.
+    """Count, mean and squared deviations, each (sections, c, parts) of float32."""
+    section, channels, inside = block_of(tl.program_id(0), c, blocks, BC, WIDE, ALIGNED)
+    measure_part(
+        x, partials, section, channels, inside, tl.program_id(1), n, c, s, stride_c, stride_s, tiles, items, parts,
+        size, BC, BP, WIDE, ALIGNED, STAGES,
+    )
+
+
+@triton.jit
+def measure_part(
+    x, partials, section, channels, inside, part, n, c, s, stride_c, stride_s, tiles, items, parts, size,
+    BC: tl.constexpr, BP: tl.constexpr, WIDE: tl.constexpr, ALIGNED: tl.constexpr, STAGES: tl.constexpr,
+):
+    """Of the tiles that one program has.
 
     Every place of a tile has moments of its own until the end (Welford's rule): a sum over the tile, for which threads
     wait for each other, is made once and not for every tile.
     """
-    section, channels, inside = block_of(tl.program_id(0), c, blocks, BC, WIDE, ALIGNED)
-    part = tl.program_id(1)
     count = tl.zeros([BP], tl.float32)
     mean = tl.zeros([BC, BP], tl.float32)
     m2 = tl.zeros([BC, BP], tl.float32)
@@ -118,7 +129,17 @@ def settle(
 ):
     """Means and inverse deviations of statistics, each of which has ``entries`` neighbours among the partials."""
     unit = tl.program_id(0) * UNITS + tl.arange(0, UNITS)
-    inside = unit < units
+    settle_some(
+        partials, stats, running_mean, running_var, new_mean, new_var, unit, unit < units, units, entries, size, values,
+        unbiased, momentum, eps, UNITS, ENTRIES,
+    )
+
+
+@triton.jit
+def settle_some(
+    partials, stats, running_mean, running_var, new_mean, new_var, unit, inside, units, entries, size, values, unbiased,
+    momentum, eps, UNITS: tl.constexpr, ENTRIES: tl.constexpr,
+):
     count = tl.zeros([UNITS], tl.float32)
     mean = tl.zeros([UNITS], tl.float32)
     m2 = tl.zeros([UNITS], tl.float32)
@@ -158,12 +179,26 @@ def normalise(
 ):
     """With the means and inverse deviations in ``stats``."""
     section, channels, inside = block_of(tl.program_id(0), c, blocks, BC, WIDE, ALIGNED)
+    normalise_part(
+        x, residual, weight, bias, y, bits, stats, section, channels, inside, tl.program_id(1), n, c, s, stride_c,
+        stride_s, tiles, items, parts, pooled, units, slope, together, run_bytes, section_bytes, GROUPED, ACTIVATION,
+        COLUMNS, BC, BP, WIDE, ALIGNED, STAGES,
+    )
+
+
+@triton.jit
+def normalise_part(
+    x, residual, weight, bias, y, bits, stats, section, channels, inside, part, n, c, s, stride_c, stride_s, tiles,
+    items, parts, pooled, units, slope, together, run_bytes, section_bytes, GROUPED: tl.constexpr,
+    ACTIVATION: tl.constexpr, COLUMNS: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, WIDE: tl.constexpr,
+    ALIGNED: tl.constexpr, STAGES: tl.constexpr,
+):
     unit = section * (c // pooled) + channels // pooled if GROUPED else channels
     mean = tl.load(stats + unit, inside, other=0.0)
     rstd = tl.load(stats + units + unit, inside, other=0.0)
     scale = rstd * parameter(weight, channels, inside, 1.0)
     shift = parameter(bias, channels, inside, 0.0)
-    for step in tl.range(tl.program_id(1), items, parts, num_stages=STAGES):
+    for step in tl.range(part, items, parts, num_stages=STAGES):
         item = items - 1 - step
         offsets, valid, sample, _ = tile_of(
             item, section, channels, inside, n, c, s, stride_c, stride_s, tiles, BP, WIDE, ALIGNED
@@ -212,7 +247,20 @@ def sum_up(
 ):
     """The sums of dz and of dz (x - mean), each (sections, c, parts) of float32."""
     section, channels, inside = block_of(tl.program_id(0), c, blocks, BC, WIDE, ALIGNED)
-    part = tl.program_id(1)
+    sum_up_part(
+        x, dy, residual, weight, bias, bits, stats, partials, section, channels, inside, tl.program_id(1), n, c, s,
+        stride_c, stride_s, tiles, items, parts, size, pooled, units, slope, together, run_bytes, section_bytes,
+        GROUPED, ACTIVATION, COLUMNS, BC, BP, WIDE, ALIGNED, STAGES,
+    )
+
+
+@triton.jit
+def sum_up_part(
+    x, dy, residual, weight, bias, bits, stats, partials, section, channels, inside, part, n, c, s, stride_c, stride_s,
+    tiles, items, parts, size, pooled, units, slope, together, run_bytes, section_bytes, GROUPED: tl.constexpr,
+    ACTIVATION: tl.constexpr, COLUMNS: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, WIDE: tl.constexpr,
+    ALIGNED: tl.constexpr, STAGES: tl.constexpr,
+):
     unit = section * (c // pooled) + channels // pooled if GROUPED else channels
     mean = tl.load(stats + unit, inside, other=0.0)
     scale = tl.load(stats + units + unit, inside, other=0.0) * parameter(weight, channels, inside, 1.0)
@@ -242,7 +290,17 @@ def average(
     """The averages of w dz and of w dz (x - mean) behind every statistic, (2, units); per channel also the gradients of
     weight and bias."""
     unit = tl.program_id(0) * UNITS + tl.arange(0, UNITS)
-    inside = unit < units
+    average_some(
+        partials, stats, weight, averages, dweight, dbias, unit, unit < units, c, parts, size, pooled, units, values,
+        GROUPED, UNITS, ENTRIES,
+    )
+
+
+@triton.jit
+def average_some(
+    partials, stats, weight, averages, dweight, dbias, unit, inside, c, parts, size, pooled, units, values,
+    GROUPED: tl.constexpr, UNITS: tl.constexpr, ENTRIES: tl.constexpr,
+):
     entries = pooled * parts
     each = tl.zeros([UNITS, ENTRIES], tl.float32)
     each_off = tl.zeros([UNITS, ENTRIES], tl.float32)
@@ -304,6 +362,20 @@ def differentiate(
 ):
     """The gradients of x and residual; ``averages`` as of :func:`average`; ``None``: the statistics are constants."""
     section, channels, inside = block_of(tl.program_id(0), c, blocks, BC, WIDE, ALIGNED)
+    differentiate_part(
+        x, dy, residual, weight, bias, bits, stats, averages, dx, dresidual, section, channels, inside,
+        tl.program_id(1), n, c, s, stride_c, stride_s, tiles, items, parts, pooled, units, slope, together, run_bytes,
+        section_bytes, GROUPED, ACTIVATION, COLUMNS, BC, BP, WIDE, ALIGNED, STAGES,
+    )
+
+
+@triton.jit
+def differentiate_part(
+    x, dy, residual, weight, bias, bits, stats, averages, dx, dresidual, section, channels, inside, part, n, c, s,
+    stride_c, stride_s, tiles, items, parts, pooled, units, slope, together, run_bytes, section_bytes,
+    GROUPED: tl.constexpr, ACTIVATION: tl.constexpr, COLUMNS: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
+    WIDE: tl.constexpr, ALIGNED: tl.constexpr, STAGES: tl.constexpr,
+):
     unit = section * (c // pooled) + channels // pooled if GROUPED else channels
     mean = tl.load(stats + unit, inside, other=0.0)
     rstd = tl.load(stats + units + unit, inside, other=0.0)
@@ -312,7 +384,7 @@ def differentiate(
     if averages is not None:
         one = tl.load(averages + unit, inside, other=0.0) * rstd
         steep = tl.load(averages + units + unit, inside, other=0.0) * rstd * rstd * rstd
-    for step in tl.range(tl.program_id(1), items, parts, num_stages=STAGES):
+    for step in tl.range(part, items, parts, num_stages=STAGES):
         item = items - 1 - step
         offsets, valid, sample, _ = tile_of(
             item, section, channels, inside, n, c, s, stride_c, stride_s, tiles, BP, WIDE, ALIGNED

@@ -8,8 +8,8 @@ import torch
 import triton
 from torch import Tensor
 
-from normkit.kernels import contract, triton_channels, triton_launch
-from normkit.kernels.triton_launch import Epilogue, Launch, Pace, parts_of, processors
+from normkit.kernels import contract, triton_channels, triton_resident_launch
+from normkit.kernels.triton_launch import Cut, Epilogue, Launch, Pace, parts_of
 
 MEASURING = {"columns": Pace(2048, 4, 4, 4, channels=64), "planes": Pace(4096, 4, 3, 4, channels=16)}
 SUMMING = {"columns": Pace(2048, 4, 4, 4, channels=64), "planes": Pace(2048, 8, 3, 4, channels=16)}
@@ -19,43 +19,6 @@ elsewhere few, so that its runs of positions are long. The numbers are those tha
 H200."""
 MERGED = 1024
 """Partial results that a program merges at a time."""
-
-
-class Cut:
-    """Blocks of channels, tiles of positions, and how many programs share the tiles of a block."""
-
-    def __init__(self, work: contract.Work, pace: Pace, dtype: torch.dtype, device: torch.device) -> None:
-        n, c, s = work.n, work.c, work.s
-        columns, tile = work.shape == "columns", pace.elements(dtype)
-        self.sections, samples = (n, 1) if work.groups else (1, n)
-        if columns and not work.groups:  # positions of all samples follow each other
-            samples, s = 1, n * s
-        block = self._block(c, pace.channels, columns)
-        positions = max(16, min(tile // block, parts_of(s)))
-        tiles, blocks = triton.cdiv(s, positions), triton.cdiv(c, block)
-        items, programs = tiles * samples, blocks * self.sections
-        self.parts = min(items, triton.cdiv(pace.programs * processors(device), programs))
-        self.programs = (programs, self.parts)
-        strides = (1, c) if columns else (s, 1)
-        self.place = (samples, c, s, *strides, tiles, items, self.parts, blocks)
-        self.size = self.sections * self.parts * c
-        self.constants = {
-            "BC": block, "BP": positions, "WIDE": triton_launch.is_wide(work), "ALIGNED": columns and c % 8 == 0,
-            "STAGES": pace.stages, "num_warps": pace.warps,
-        }  # fmt: skip
-
-    @staticmethod
-    def _block(c: int, wanted: int, columns: bool) -> int:
-        """A narrower one where channels are neighbours and more than a fourth of the block would be empty."""
-        if not columns:
-            return min(wanted, max(8, parts_of(c)))
-        filled = {block: c / (triton.cdiv(c, block) * block) for block in (wanted, wanted // 2, wanted // 4)}
-        return next((block for block, share in filled.items() if share >= 0.75), max(filled, key=lambda b: filled[b]))
-
-    def partials(self, count: int, x: Tensor) -> Tensor:
-        """Memory for (count, sections, c, parts) numbers."""
-        shape = (count, self.sections, self.place[1], self.parts)
-        return torch.empty(shape, dtype=torch.float32, device=x.device)
 
 
 class Channels:
@@ -101,14 +64,27 @@ class Channels:
             kernels.average, (triton.cdiv(self.statistics, merge["UNITS"]),),
             (work.c, two.parts, two.size, *units, values), GROUPED=self.grouped, **merge,
         )  # fmt: skip
-        merge = _merging(work.c, two.sections * two.parts)
-        self._own = Launch(
-            kernels.own, (triton.cdiv(work.c, merge["UNITS"]),),
-            (two.sections, work.c, two.parts, two.size, *units), **merge,
-        )  # fmt: skip
+        self._own = self._adding(two)
         self._differentiate = Launch(
             kernels.differentiate, writing.programs, (*writing.place, *follows), **kind, **writing.constants
         )
+        self._forward, self._backward = self._resident(follows, kind, warps) if self.batch else (None, None)
+        self._own_at_once = self._own if self._backward is None else self._adding(self._backward.teams)
+
+    def _adding(self, cut: Cut) -> Launch:
+        """The gradients of weight and bias, of partial sums that were cut so."""
+        work, merge = self.work, _merging(self.work.c, cut.sections * cut.parts)
+        pooled = work.c // work.groups if self.grouped else 1
+        return Launch(
+            triton_channels.own, (triton.cdiv(work.c, merge["UNITS"]),),
+            (cut.sections, work.c, cut.parts, cut.size, pooled, self.statistics), **merge,
+        )  # fmt: skip
+
+    def _resident(self, follows: tuple[Any, ...], kind: dict[str, Any], warps: float) -> tuple[Any, Any]:
+        """A whole pass in one launch, where it fits."""
+        given = (self.work, *self._where, follows, float(self.values), kind, warps)
+        gate = self.epilogue.residual and self.epilogue.activation is not None and not self.bits
+        return triton_resident_launch.forward_for(*given), triton_resident_launch.backward_for(*given, gate)
 
     def measured(self, x: Tensor) -> Tensor:
         """Count, mean and squared deviations of parts of channels: (3, sections, c, parts)."""
@@ -131,6 +107,11 @@ class Channels:
         """The output, and all means and all inverse deviations; ``moved`` receives the running statistics."""
         if self.batch:
             stats = torch.empty(2 * self.statistics, dtype=torch.float32, device=x.device)
+            if self._forward is not None:
+                y, partials = torch.empty_like(x), self._forward.teams.partials(3, x)
+                given = (x, residual, weight, bias, y, bits, stats, partials, *running, *moved)
+                self._forward(*given, more=(float(momentum), float(eps)))
+                return y, stats
             self._settle(self.measured(x), stats, *running, *moved, more=(float(momentum), float(eps)))
         else:
             mean, var = running
@@ -175,10 +156,13 @@ class Channels:
         dweight = torch.empty_like(weight) if need_weight and weight is not None else None
         dbias = torch.empty_like(bias) if need_bias and bias is not None else None
         parameters = dweight is not None or dbias is not None
+        given = (x, dy, residual, weight, bias, stats, bits)
         averages = None
         if need_x and self.batch:
             averages = torch.empty(2 * self.statistics, dtype=torch.float32, device=x.device)
-        given = (x, dy, residual, weight, bias, stats, bits)
+            if self._backward is not None:
+                dx, dresidual = self._at_once(given, averages, dweight, dbias, need_residual)
+                return dx, dweight, dbias, dresidual
         if averages is not None or parameters:
             partials = self.summed(*given)
             if averages is not None or not self.grouped:
@@ -187,6 +171,24 @@ class Channels:
                 self._own(partials, stats, dweight, dbias)
         dx, dresidual = self.gradients(*given, averages, (need_x, need_residual))
         return dx, dweight, dbias, dresidual
+
+    def _at_once(
+        self,
+        given: tuple[Any, ...],
+        averages: Tensor,
+        dweight: Tensor | None,
+        dbias: Tensor | None,
+        need_residual: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """All gradients by the resident kernel; where statistics are a sample's own, ``own`` adds over the samples."""
+        x, dy, residual, weight, bias, stats, bits = given
+        partials, dx = self._backward.teams.partials(2, x), torch.empty_like(x)
+        dresidual = torch.empty_like(x) if need_residual and self.epilogue.activation is not None else None
+        parameters = (None, None) if self.grouped else (dweight, dbias)
+        self._backward(x, dy, residual, weight, bias, bits, stats, averages, partials, dx, dresidual, *parameters)
+        if self.grouped and (dweight is not None or dbias is not None):
+            self._own_at_once(partials, stats, dweight, dbias)
+        return dx, dresidual if dresidual is not None else (dy if need_residual else None)
 
     def gradients(
         self, x: Tensor, dy: Tensor, residual: Any, weight: Any, bias: Any, stats: Tensor, bits: Any, averages: Any,

@@ -122,6 +122,12 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+@functools.cache
+def cache(device: torch.device) -> int:
+    """Bytes of the GPU's second-level cache; few for the interpreter, likewise."""
+    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 2**20
+
+
 def stages_that_fit(wanted: int, tile_bytes: int, device: torch.device) -> int:
     """How many tiles may be on their way to a program, so that all but one of them fit into its shared memory."""
     if device.type != "cuda":
@@ -139,6 +145,43 @@ def parts_of(needed: int) -> int:
 def is_wide(work: contract.Work) -> bool:
     """Whether the place of an element needs 64 bits."""
     return work.n * work.c * work.s >= 2**31
+
+
+class Cut:
+    """Blocks of channels, tiles of positions, and how many programs share the tiles of a block."""
+
+    def __init__(self, work: contract.Work, pace: Pace, dtype: torch.dtype, device: torch.device) -> None:
+        n, c, s = work.n, work.c, work.s
+        columns, tile = work.shape == "columns", pace.elements(dtype)
+        self.sections, samples = (n, 1) if work.groups else (1, n)
+        if columns and not work.groups:  # positions of all samples follow each other
+            samples, s = 1, n * s
+        block = self._block(c, pace.channels, columns)
+        positions = max(16, min(tile // block, parts_of(s)))
+        tiles, blocks = triton.cdiv(s, positions), triton.cdiv(c, block)
+        items, programs = tiles * samples, blocks * self.sections
+        self.parts = min(items, triton.cdiv(pace.programs * processors(device), programs))
+        self.programs = (programs, self.parts)
+        strides = (1, c) if columns else (s, 1)
+        self.place = (samples, c, s, *strides, tiles, items, self.parts, blocks)
+        self.size = self.sections * self.parts * c
+        self.constants = {
+            "BC": block, "BP": positions, "WIDE": is_wide(work), "ALIGNED": columns and c % 8 == 0,
+            "STAGES": pace.stages, "num_warps": pace.warps,
+        }  # fmt: skip
+
+    @staticmethod
+    def _block(c: int, wanted: int, columns: bool) -> int:
+        """A narrower one where channels are neighbours and more than a fourth of the block would be empty."""
+        if not columns:
+            return min(wanted, max(8, parts_of(c)))
+        filled = {block: c / (triton.cdiv(c, block) * block) for block in (wanted, wanted // 2, wanted // 4)}
+        return next((block for block, share in filled.items() if share >= 0.75), max(filled, key=lambda b: filled[b]))
+
+    def partials(self, count: int, x: Tensor) -> Tensor:
+        """Memory for (count, sections, c, parts) numbers."""
+        shape = (count, self.sections, self.place[1], self.parts)
+        return torch.empty(shape, dtype=torch.float32, device=x.device)
 
 
 class Total:

@@ -1,0 +1,139 @@
+"""Launches of ``triton_resident``: which shapes one launch can take, and how its programs are cut into teams."""
+
+from __future__ import annotations
+
+from math import gcd
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from normkit.kernels import contract, triton_launch, triton_resident
+from normkit.kernels.triton import INTERPRETED
+from normkit.kernels.triton_launch import Cut, Launch, Pace, cache, parts_of, stages_that_fit
+
+STAYING = {"columns": Pace(2048, 4, 3, 4, channels=64), "planes": Pace(2048, 4, 3, 4, channels=8)}
+"""By the layout; ``programs`` are so many per processor as are there at once."""
+SHARE = 0.4
+"""Of the second-level cache, for what all teams together have read and want again."""
+TEAMS = 4
+"""So many are wanted, for that the channels of a tile are halved: while one waits, others read."""
+NARROWEST = {"columns": 32, "planes": 1}
+"""Channels of a tile. Where they are neighbours, fewer would leave a part of what memory delivers."""
+REGISTERS = 2**16
+"""Of a processor."""
+MERGED = 1024
+"""Partial results that a program merges at a time."""
+
+
+class Teams(Cut):
+    """Programs that are all there at once, in teams of ``members``, each of which takes a turn after the other.
+
+    Args:
+        tensors: so many of the input's size are read twice.
+    """
+
+    def __init__(self, work: contract.Work, pace: Pace, dtype: torch.dtype, device: torch.device, tensors: int) -> None:
+        super().__init__(work, pace, dtype, device)
+        samples, c, s, *strides, tiles, items, _, blocks = self.place
+        block, pooled = self.constants["BC"], c // work.groups if work.groups else 1
+        self.width = _whole_groups(block, pooled, blocks)
+        spans = blocks // self.width
+        turn_units = c // pooled if spans == 1 else self.width * block // pooled
+        turn_bytes = turn_units * pooled * samples * s * dtype.itemsize * tensors
+        there = pace.programs * triton_launch.processors(device)
+        self.turns = self.sections * spans
+        self.most = min(int(SHARE * cache(device)) // turn_bytes, there // self.width)
+        """Teams that there could be; 0: a turn is too much."""
+        rounds = triton.cdiv(self.turns, max(1, min(self.turns, self.most)))
+        self.teams = triton.cdiv(self.turns, rounds)
+        self.parts = max(1, min(items, there // self.teams // self.width))
+        members = self.parts * self.width
+        self.programs = (self.teams * members,)
+        self.place = (samples, c, s, *strides, tiles, items, self.parts, blocks)
+        self.size = self.sections * self.parts * c
+        self.turn = (self.turns, spans, self.width, turn_units, self.teams, members)
+        self.constants["ENTRIES"] = min(parts_of(pooled * self.parts), MERGED)
+        tile_bytes = block * self.constants["BP"] * dtype.itemsize * tensors
+        self.constants["STAGES"] = stages_that_fit(pace.stages, tile_bytes * pace.programs, device)
+        if not INTERPRETED:
+            registers = REGISTERS // (pace.programs * pace.warps * 32)
+            self.constants |= {"launch_cooperative_grid": True, "maxnreg": min(255, registers)}
+
+
+def teams_for(
+    work: contract.Work, dtype: torch.dtype, device: torch.device, tensors: int, warps: float
+) -> Teams | None:
+    """The widest tiles of which there are teams enough, or the most teams; ``None``: not even one fits."""
+    pace, narrowest = STAYING[work.shape].scaled(warps), NARROWEST[work.shape]
+    found: list[Teams] = []
+    while pace.channels >= narrowest:
+        found.append(Teams(work, pace, dtype, device, tensors))
+        if found[-1].most >= min(TEAMS, found[-1].turns):
+            return found[-1]
+        pace = pace._replace(channels=pace.channels // 2)
+    best = max(found, key=lambda teams: teams.most)
+    return best if best.most else None
+
+
+def _whole_groups(block: int, pooled: int, blocks: int) -> int:
+    """How many blocks of channels hold whole groups only; all, if they do not come out even."""
+    width = pooled // gcd(block, pooled)
+    return width if blocks % width == 0 else blocks
+
+
+class Resident:
+    """One pass, forward or backward, in one launch.
+
+    Args:
+        numbers: those between the place of a tile and the turns, by the kernel's parameters.
+    """
+
+    def __init__(self, kernel: Any, teams: Teams, numbers: tuple[Any, ...], **constants: Any) -> None:
+        self.teams = teams
+        given = (*teams.place, *numbers, *teams.turn)
+        self._launches = [
+            Launch(kernel, teams.programs, given, **teams.constants, **constants, STEP=step)
+            for step in ((1, 2, 3) if INTERPRETED else (0,))
+        ]
+        self._counters: dict[tuple[int, int], Tensor] = {}
+
+    def __call__(self, *tensors: Tensor | None, more: tuple[float, ...] = ()) -> None:
+        counters = self._counters_for(tensors[0])  # type: ignore[arg-type]
+        for launch in self._launches:
+            launch(*tensors, counters, more=more)
+
+    def _counters_for(self, x: Tensor) -> Tensor:
+        """Of the teams. One set for every stream, on which one launch follows the other; a captured graph has its own,
+        because it may be replayed on any."""
+        make = lambda: torch.zeros(16 * self.teams.teams, dtype=torch.int64, device=x.device)
+        if not x.is_cuda or torch.cuda.is_current_stream_capturing():
+            return make()
+        key = x.get_device(), torch._C._cuda_getCurrentRawStream(x.get_device())
+        if key not in self._counters:
+            self._counters[key] = make()
+        return self._counters[key]
+
+
+def forward_for(
+    work: contract.Work, dtype: torch.dtype, device: torch.device, follows: tuple[Any, ...], values: float,
+    kind: dict[str, Any], warps: float,
+) -> Resident | None:  # fmt: skip
+    """``follows`` and ``kind``: what ``normalise`` takes."""
+    teams = teams_for(work, dtype, device, 1, warps)
+    if teams is None:
+        return None
+    numbers = (*follows, teams.size, values, 1 / max(values - 1, 1.0))
+    return Resident(triton_resident.forward, teams, numbers, **kind)
+
+
+def backward_for(
+    work: contract.Work, dtype: torch.dtype, device: torch.device, follows: tuple[Any, ...], values: float,
+    kind: dict[str, Any], warps: float, residual: bool,
+) -> Resident | None:  # fmt: skip
+    """``residual``: it is read again, for the gate of an activation."""
+    teams = teams_for(work, dtype, device, 3 if residual else 2, warps)
+    if teams is None:
+        return None
+    return Resident(triton_resident.backward, teams, (*follows, teams.size, values), **kind)
