@@ -10,9 +10,6 @@ import torch
 from torch import Tensor, nn
 
 import normkit as nk
-from normkit.kernels import plan
-from normkit.kernels import triton_resident_launch as resident
-from normkit.kernels.triton_launch import cache
 from normkit.kernels.triton_prenorm import add_norm
 from normkit.statistics import Ghost
 
@@ -81,22 +78,15 @@ def halves(dtype: torch.dtype, device: str) -> Iterator[Pair]:
     yield from _against_oracle(_layer(statistics=Ghost(2)), dtype, device)
 
 
-def turns(dtype: torch.dtype, device: str) -> Iterator[Pair]:
-    """One launch whose teams take several turns: right, and twenty times the same, whoever comes first."""
+def resident(dtype: torch.dtype, device: str) -> Iterator[Pair]:
+    """One launch whose programs wait for each other: right, and twenty times the same, whoever comes first."""
     shape = (16, 64, 28, 28) if device == "cuda" else (4, 16, 7, 7)
-    turn = 2 * 8 * shape[0] * shape[2] * shape[3] * dtype.itemsize
-    before, resident.SHARE = resident.SHARE, 2 * turn / cache(torch.device(device))
-    plan._plans.clear()
-    try:
-        for norm in (nk.BatchNorm2d(shape[1]), nk.GroupNorm(8, shape[1]), nk.InstanceNorm2d(shape[1], affine=True)):
-            for last in (False, True):
-                x, upstream = (_draw(shape, dtype, device, seed) for seed in (1, 2))
-                if last:
-                    x, upstream = (t.to(memory_format=torch.channels_last) for t in (x, upstream))
-                yield from _again_and_again(norm.to(device), x.requires_grad_(), upstream, "last" if last else "first")
-    finally:
-        resident.SHARE = before
-        plan._plans.clear()
+    for norm in (nk.BatchNorm2d(shape[1]), nk.GroupNorm(8, shape[1]), nk.InstanceNorm2d(shape[1], affine=True)):
+        for last in (False, True):
+            x, upstream = (_draw(shape, dtype, device, seed) for seed in (1, 2))
+            if last:
+                x, upstream = (t.to(memory_format=torch.channels_last) for t in (x, upstream))
+            yield from _again_and_again(norm.to(device), x.requires_grad_(), upstream, "last" if last else "first")
 
 
 def _again_and_again(own: Any, x: Tensor, upstream: Tensor, what: str) -> Iterator[Pair]:
@@ -191,7 +181,7 @@ def huge(dtype: torch.dtype, device: str) -> Iterator[Pair]:
 
 
 PATHS: dict[str, Callable[[torch.dtype, str], Iterator[Pair]]] = {
-    path.__name__: path for path in (evaluation, running, halves, turns, compiled, added, replayed, huge)
+    path.__name__: path for path in (evaluation, running, halves, resident, compiled, added, replayed, huge)
 }
 
 

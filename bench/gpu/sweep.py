@@ -35,8 +35,7 @@ from normkit.kernels.triton_launch import Pace  # noqa: E402
 PLACES = {
     "FE": (rows_launch, "FORWARD_EACH"), "BE": (rows_launch, "BACKWARD_EACH"), "RS": (rows_launch, "STAGES"),
     "RP": (rows_launch, "PROGRAMS"), "RT": (rows_launch, "TILE"), "X": (rows_launch, "WIDEST"),
-    "R": (wide_launch, "MOST_ROWS"), "WR": (wide_launch, "MERGED"), "T": (resident_launch, "TEAMS"),
-    "SH": (resident_launch, "SHARE"), "NC": (resident_launch, "NARROWEST"),
+    "R": (wide_launch, "MOST_ROWS"), "WR": (wide_launch, "MERGED"), "SH": (resident_launch, "SHARE"),
 }  # fmt: skip
 PACES = {
     "M": (channels_launch, "MEASURING"), "S": (channels_launch, "SUMMING"), "W": (channels_launch, "WRITING"),
@@ -49,7 +48,7 @@ USUAL_WIDE = wide_launch.PACE
 
 def choose(words: str) -> None:
     """``M``, ``S``, ``W``, ``N``: tile, warps, stages, programs and channels of a pass; ``V``: of split rows; ``SH``
-    in hundredths; ``NC`` in both layouts."""
+    in hundredths."""
     for key, (module, name) in PLACES.items():
         setattr(module, name, USUAL[key])
     for place, usual in USUAL_PACES.items():
@@ -63,8 +62,6 @@ def choose(words: str) -> None:
             wide_launch.PACE = Pace(*map(int, value.split(",")))
         elif key == "SH":
             resident_launch.SHARE = int(value) / 100
-        elif key == "NC":
-            resident_launch.NARROWEST = dict.fromkeys(("planes", "columns"), int(value))
         else:
             setattr(*PLACES[key], int(value))
     plan._plans.clear()

@@ -110,8 +110,8 @@ class Channels:
             if self._forward is not None:
                 y, partials = torch.empty_like(x), self._forward.teams.partials(3, x)
                 given = (x, residual, weight, bias, y, bits, stats, partials, *running, *moved)
-                self._forward(*given, more=(float(momentum), float(eps)))
-                return y, stats
+                if self._forward(*given, more=(float(momentum), float(eps))):
+                    return y, stats
             self._settle(self.measured(x), stats, *running, *moved, more=(float(momentum), float(eps)))
         else:
             mean, var = running
@@ -161,8 +161,9 @@ class Channels:
         if need_x and self.batch:
             averages = torch.empty(2 * self.statistics, dtype=torch.float32, device=x.device)
             if self._backward is not None:
-                dx, dresidual = self._at_once(given, averages, dweight, dbias, need_residual)
-                return dx, dweight, dbias, dresidual
+                found = self._at_once(given, averages, dweight, dbias, need_residual)
+                if found is not None:
+                    return found[0], dweight, dbias, found[1]
         if averages is not None or parameters:
             partials = self.summed(*given)
             if averages is not None or not self.grouped:
@@ -179,13 +180,17 @@ class Channels:
         dweight: Tensor | None,
         dbias: Tensor | None,
         need_residual: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None] | None:
         """All gradients by the resident kernel; where statistics are a sample's own, ``own`` adds over the samples."""
         x, dy, residual, weight, bias, stats, bits = given
         partials, dx = self._backward.teams.partials(2, x), torch.empty_like(x)
         dresidual = torch.empty_like(x) if need_residual and self.epilogue.activation is not None else None
         parameters = (None, None) if self.grouped else (dweight, dbias)
-        self._backward(x, dy, residual, weight, bias, bits, stats, averages, partials, dx, dresidual, *parameters)
+        done = self._backward(
+            x, dy, residual, weight, bias, bits, stats, averages, partials, dx, dresidual, *parameters
+        )
+        if not done:
+            return None
         if self.grouped and (dweight is not None or dbias is not None):
             self._own_at_once(partials, stats, dweight, dbias)
         return dx, dresidual if dresidual is not None else (dy if need_residual else None)

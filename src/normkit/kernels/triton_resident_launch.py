@@ -6,21 +6,16 @@ from math import gcd
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from normkit.kernels import contract, triton_launch, triton_resident
 from normkit.kernels.triton import INTERPRETED
 from normkit.kernels.triton_launch import Cut, Launch, Pace, cache, parts_of, stages_that_fit
 
-STAYING = {"columns": Pace(2048, 4, 3, 4, channels=64), "planes": Pace(2048, 4, 3, 4, channels=8)}
+STAYING = {"columns": Pace(2048, 4, 3, 2, channels=64), "planes": Pace(2048, 4, 3, 4, channels=8)}
 """By the layout; ``programs`` are so many per processor as are there at once."""
-SHARE = 0.4
-"""Of the second-level cache, for what all teams together have read and want again."""
-TEAMS = 4
-"""So many are wanted, for that the channels of a tile are halved: while one waits, others read."""
-NARROWEST = {"columns": 32, "planes": 1}
-"""Channels of a tile. Where they are neighbours, fewer would leave a part of what memory delivers."""
+SHARE = 0.6
+"""Of the second-level cache, for what is read twice."""
 REGISTERS = 2**16
 """Of a processor."""
 MERGED = 1024
@@ -28,7 +23,7 @@ MERGED = 1024
 
 
 class Teams(Cut):
-    """Programs that are all there at once, in teams of ``members``, each of which takes a turn after the other.
+    """Programs that are all there at once, in teams of ``members``; a team has whole groups of channels.
 
     Args:
         tensors: so many of the input's size are read twice.
@@ -40,41 +35,31 @@ class Teams(Cut):
         block, pooled = self.constants["BC"], c // work.groups if work.groups else 1
         self.width = _whole_groups(block, pooled, blocks)
         spans = blocks // self.width
-        turn_units = c // pooled if spans == 1 else self.width * block // pooled
-        turn_bytes = turn_units * pooled * samples * s * dtype.itemsize * tensors
+        own = c // pooled if spans == 1 else self.width * block // pooled
+        self.teams = self.sections * spans
         there = pace.programs * triton_launch.processors(device)
-        self.turns = self.sections * spans
-        self.most = min(int(SHARE * cache(device)) // turn_bytes, there // self.width)
-        """Teams that there could be; 0: a turn is too much."""
-        rounds = triton.cdiv(self.turns, max(1, min(self.turns, self.most)))
-        self.teams = triton.cdiv(self.turns, rounds)
+        size = self.sections * samples * c * s * dtype.itemsize * tensors
+        self.fit = self.teams * self.width <= there and size <= SHARE * cache(device)
         self.parts = max(1, min(items, there // self.teams // self.width))
         members = self.parts * self.width
         self.programs = (self.teams * members,)
         self.place = (samples, c, s, *strides, tiles, items, self.parts, blocks)
         self.size = self.sections * self.parts * c
-        self.turn = (self.turns, spans, self.width, turn_units, self.teams, members)
+        self.numbers = (spans, self.width, own, self.teams, members)
         self.constants["ENTRIES"] = min(parts_of(pooled * self.parts), MERGED)
         tile_bytes = block * self.constants["BP"] * dtype.itemsize * tensors
         self.constants["STAGES"] = stages_that_fit(pace.stages, tile_bytes * pace.programs, device)
         if not INTERPRETED:
             registers = REGISTERS // (pace.programs * pace.warps * 32)
-            self.constants |= {"launch_cooperative_grid": True, "maxnreg": min(255, registers)}
+            self.constants |= {"launch_cooperative_grid": True, "maxnreg": min(255, registers // 8 * 8)}
 
 
 def teams_for(
     work: contract.Work, dtype: torch.dtype, device: torch.device, tensors: int, warps: float
 ) -> Teams | None:
-    """The widest tiles of which there are teams enough, or the most teams; ``None``: not even one fits."""
-    pace, narrowest = STAYING[work.shape].scaled(warps), NARROWEST[work.shape]
-    found: list[Teams] = []
-    while pace.channels >= narrowest:
-        found.append(Teams(work, pace, dtype, device, tensors))
-        if found[-1].most >= min(TEAMS, found[-1].turns):
-            return found[-1]
-        pace = pace._replace(channels=pace.channels // 2)
-    best = max(found, key=lambda teams: teams.most)
-    return best if best.most else None
+    """``None``: too large a tensor, or too many groups."""
+    teams = Teams(work, STAYING[work.shape].scaled(warps), dtype, device, tensors)
+    return teams if teams.fit else None
 
 
 def _whole_groups(block: int, pooled: int, blocks: int) -> int:
@@ -87,22 +72,32 @@ class Resident:
     """One pass, forward or backward, in one launch.
 
     Args:
-        numbers: those between the place of a tile and the turns, by the kernel's parameters.
+        numbers: those between the place of a tile and the teams, by the kernel's parameters.
     """
 
     def __init__(self, kernel: Any, teams: Teams, numbers: tuple[Any, ...], **constants: Any) -> None:
         self.teams = teams
-        given = (*teams.place, *numbers, *teams.turn)
+        given = (*teams.place, *numbers, *teams.numbers)
         self._launches = [
             Launch(kernel, teams.programs, given, **teams.constants, **constants, STEP=step)
             for step in ((1, 2, 3) if INTERPRETED else (0,))
         ]
         self._counters: dict[tuple[int, int], Tensor] = {}
+        self._refused = False
 
-    def __call__(self, *tensors: Tensor | None, more: tuple[float, ...] = ()) -> None:
+    def __call__(self, *tensors: Tensor | None, more: tuple[float, ...] = ()) -> bool:
+        """False: nothing was done, because the driver does not let all programs in at once (a GPU shared in parts)."""
+        if self._refused:
+            return False
         counters = self._counters_for(tensors[0])  # type: ignore[arg-type]
-        for launch in self._launches:
-            launch(*tensors, counters, more=more)
+        try:
+            for launch in self._launches:
+                launch(*tensors, counters, more=more)
+        except RuntimeError as error:
+            if "cooperative" not in str(error):
+                raise
+            self._refused = True
+        return not self._refused
 
     def _counters_for(self, x: Tensor) -> Tensor:
         """Of the teams. One set for every stream, on which one launch follows the other; a captured graph has its own,

@@ -81,7 +81,7 @@ def train(
     statistics move afterwards.
     """
     momentum, share = kept.pace(lambda: values_per_channel(x))
-    mean, var = kept.mean.clone(), kept.var.clone()
+    mean, var = copies(kept.mean, kept.var)
     y = normalise(spec, x, mean, var, weight, bias, by_batch=True, momentum=momentum, eps=eps, **details)
     if kept.also is not None and kept.pending is None and kept.momentum is not None and values_per_channel(x) > 1:
         kept.approach(mean, var)
@@ -92,6 +92,14 @@ def train(
     else:
         kept.commit((mean, var), share=share, count=values_per_channel(x) if kept.momentum is None else None)
     return y
+
+
+def copies(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    """On a GPU both by one launch: a small one takes longer than its work."""
+    if mean.is_cuda and mean.dtype == var.dtype:
+        both = torch.stack([mean, var])
+        return both[0], both[1]
+    return mean.clone(), var.clone()
 
 
 def values_per_channel(x: Tensor) -> int:
