@@ -47,7 +47,8 @@ def _small_tiles(monkeypatch):
     monkeypatch.setattr(triton_rows_launch, "TILE", 512)
     monkeypatch.setattr(triton_rows_launch, "WIDEST", 32)
     monkeypatch.setattr(triton_wide_launch, "PACE", triton_wide_launch.PACE._replace(tile=512))
-    monkeypatch.setattr(triton_resident_launch, "SHARE", 0)  # those have tests of their own
+    for name in ("FORWARD", "BACKWARD"):  # those have tests of their own
+        monkeypatch.setattr(triton_resident_launch, name, 0.0)
     processors(1, monkeypatch)
 
 

@@ -66,13 +66,14 @@ def checks(row: Row, device: str) -> Iterator[Record]:
 @contextlib.contextmanager
 def _routed(route: str) -> Iterator[None]:
     """A small tensor goes through one launch; ``passes``: through those that a large one takes."""
-    before = resident.SHARE
-    resident.SHARE = before if route == "resident" else 0.0
+    before = resident.FORWARD, resident.BACKWARD
+    if route == "passes":
+        resident.FORWARD = resident.BACKWARD = 0.0
     plan._plans.clear()
     try:
         yield
     finally:
-        resident.SHARE = before
+        resident.FORWARD, resident.BACKWARD = before
         plan._plans.clear()
 
 

@@ -35,7 +35,8 @@ from normkit.kernels.triton_launch import Pace  # noqa: E402
 PLACES = {
     "FE": (rows_launch, "FORWARD_EACH"), "BE": (rows_launch, "BACKWARD_EACH"), "RS": (rows_launch, "STAGES"),
     "RP": (rows_launch, "PROGRAMS"), "RT": (rows_launch, "TILE"), "X": (rows_launch, "WIDEST"),
-    "R": (wide_launch, "MOST_ROWS"), "WR": (wide_launch, "MERGED"), "SH": (resident_launch, "SHARE"),
+    "R": (wide_launch, "MOST_ROWS"), "WR": (wide_launch, "MERGED"), "F": (resident_launch, "FORWARD"),
+    "B": (resident_launch, "BACKWARD"), "NF": (resident_launch, "FEW"),
 }  # fmt: skip
 PACES = {
     "M": (channels_launch, "MEASURING"), "S": (channels_launch, "SUMMING"), "W": (channels_launch, "WRITING"),
@@ -47,8 +48,8 @@ USUAL_WIDE = wide_launch.PACE
 
 
 def choose(words: str) -> None:
-    """``M``, ``S``, ``W``, ``N``: tile, warps, stages, programs and channels of a pass; ``V``: of split rows; ``SH``
-    in hundredths."""
+    """``M``, ``S``, ``W``, ``N``: tile, warps, stages, programs and channels of a pass; ``V``: of split rows; ``F``,
+    ``B``: of the cache, in hundredths."""
     for key, (module, name) in PLACES.items():
         setattr(module, name, USUAL[key])
     for place, usual in USUAL_PACES.items():
@@ -60,8 +61,8 @@ def choose(words: str) -> None:
             setattr(*PACES[key], dict.fromkeys(("planes", "columns"), Pace(*map(int, value.split(",")))))
         elif key == "V":
             wide_launch.PACE = Pace(*map(int, value.split(",")))
-        elif key == "SH":
-            resident_launch.SHARE = int(value) / 100
+        elif key in ("F", "B"):
+            setattr(*PLACES[key], int(value) / 100)
         else:
             setattr(*PLACES[key], int(value))
     plan._plans.clear()

@@ -83,8 +83,8 @@ class Channels:
     def _resident(self, follows: tuple[Any, ...], kind: dict[str, Any], warps: float) -> tuple[Any, Any]:
         """A whole pass in one launch, where it fits."""
         given = (self.work, *self._where, follows, float(self.values), kind, warps)
-        gate = self.epilogue.residual and self.epilogue.activation is not None and not self.bits
-        return triton_resident_launch.forward_for(*given), triton_resident_launch.backward_for(*given, gate)
+        more = self.epilogue.residual and self.epilogue.activation is not None
+        return triton_resident_launch.forward_for(*given), triton_resident_launch.backward_for(*given, more)
 
     def measured(self, x: Tensor) -> Tensor:
         """Count, mean and squared deviations of parts of channels: (3, sections, c, parts)."""

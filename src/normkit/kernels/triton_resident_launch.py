@@ -12,10 +12,12 @@ from normkit.kernels import contract, triton_launch, triton_resident
 from normkit.kernels.triton import INTERPRETED
 from normkit.kernels.triton_launch import Cut, Launch, Pace, cache, parts_of, stages_that_fit
 
-STAYING = {"columns": Pace(2048, 4, 3, 2, channels=64), "planes": Pace(2048, 4, 3, 4, channels=8)}
+STAYING = {"columns": Pace(2048, 4, 3, 4, channels=64), "planes": Pace(2048, 4, 3, 4, channels=8)}
 """By the layout; ``programs`` are so many per processor as are there at once."""
-SHARE = 0.6
-"""Of the second-level cache, for what is read twice."""
+FEW = 12
+"""Tiles of a program up to which half as many programs are faster, where channels are neighbours: fewer to wait for."""
+FORWARD, BACKWARD = 0.6, 0.9
+"""Of the second-level cache, for what a pass reads twice. The numbers are what bench/gpu/sweep.py found on an H200."""
 REGISTERS = 2**16
 """Of a processor."""
 MERGED = 1024
@@ -27,9 +29,12 @@ class Teams(Cut):
 
     Args:
         tensors: so many of the input's size are read twice.
+        share: of the cache, for them.
     """
 
-    def __init__(self, work: contract.Work, pace: Pace, dtype: torch.dtype, device: torch.device, tensors: int) -> None:
+    def __init__(
+        self, work: contract.Work, pace: Pace, dtype: torch.dtype, device: torch.device, tensors: int, share: float
+    ) -> None:
         super().__init__(work, pace, dtype, device)
         samples, c, s, *strides, tiles, items, _, blocks = self.place
         block, pooled = self.constants["BC"], c // work.groups if work.groups else 1
@@ -39,7 +44,7 @@ class Teams(Cut):
         self.teams = self.sections * spans
         there = pace.programs * triton_launch.processors(device)
         size = self.sections * samples * c * s * dtype.itemsize * tensors
-        self.fit = self.teams * self.width <= there and size <= SHARE * cache(device)
+        self.fit = self.teams * self.width <= there and size <= share * cache(device)
         self.parts = max(1, min(items, there // self.teams // self.width))
         members = self.parts * self.width
         self.programs = (self.teams * members,)
@@ -55,10 +60,17 @@ class Teams(Cut):
 
 
 def teams_for(
-    work: contract.Work, dtype: torch.dtype, device: torch.device, tensors: int, warps: float
+    work: contract.Work, pace: Pace, dtype: torch.dtype, device: torch.device, tensors: int, share: float
 ) -> Teams | None:
     """``None``: too large a tensor, or too many groups."""
-    teams = Teams(work, STAYING[work.shape].scaled(warps), dtype, device, tensors)
+    if work.shape == "planes" and work.groups and parts_of(work.s) <= pace.elements(dtype):
+        # a tile with all positions of a few channels: who has whole groups meets nobody
+        pace = pace._replace(channels=min(pace.channels, pace.elements(dtype) // parts_of(work.s)))
+    teams = Teams(work, pace, dtype, device, tensors, share)
+    if work.shape == "columns" and tensors < 3:
+        fewer = Teams(work, pace._replace(programs=pace.programs // 2), dtype, device, tensors, share)
+        if fewer.fit and fewer.parts > 1 and fewer.place[6] <= FEW * fewer.parts:
+            return fewer
     return teams if teams.fit else None
 
 
@@ -116,7 +128,7 @@ def forward_for(
     kind: dict[str, Any], warps: float,
 ) -> Resident | None:  # fmt: skip
     """``follows`` and ``kind``: what ``normalise`` takes."""
-    teams = teams_for(work, dtype, device, 1, warps)
+    teams = teams_for(work, STAYING[work.shape].scaled(warps), dtype, device, 1, FORWARD)
     if teams is None:
         return None
     numbers = (*follows, teams.size, values, 1 / max(values - 1, 1.0))
@@ -127,8 +139,9 @@ def backward_for(
     work: contract.Work, dtype: torch.dtype, device: torch.device, follows: tuple[Any, ...], values: float,
     kind: dict[str, Any], warps: float, residual: bool,
 ) -> Resident | None:  # fmt: skip
-    """``residual``: it is read again, for the gate of an activation."""
-    teams = teams_for(work, dtype, device, 3 if residual else 2, warps)
+    """``residual``: it is read again for the gate of an activation, or its gradient is written."""
+    tensors = 3 if residual else 2
+    teams = teams_for(work, STAYING[work.shape].scaled(warps), dtype, device, tensors, BACKWARD)
     if teams is None:
         return None
     return Resident(triton_resident.backward, teams, (*follows, teams.size, values), **kind)
