@@ -8,13 +8,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import normkit as nk
-from normkit.kernels import loading, triton
+from normkit.kernels import contract, loading, triton
+from normkit.vocabulary.record import read_lines
 
 HERE = Path(__file__).parent
 needs_triton = pytest.mark.skipif(
@@ -83,11 +85,38 @@ def test_a_layer_asked_to_run_on_them_says_why_it_cannot():
 
 
 def test_a_gpu_has_checked_them():
-    """``PROVEN`` is the commit of a record that is green throughout."""
+    """``PROVEN`` is the commit of a record that is green throughout, but for compilers where these do not get them."""
     assert triton.PROVEN is not None
-    record = HERE.parent / "records" / "bench" / "gpu" / triton.PROVEN / "parity.jsonl"
-    assert '"state": "green"' in record.read_text()
-    assert '"state": "red"' not in record.read_text()
+    records = read_lines(HERE.parent / "records" / "bench" / "gpu" / triton.PROVEN / "parity.jsonl")
+    states = {(record["row"], record["state"]) for record in records if record["kind"] == "parity"}
+    red = {row for row, state in states if state != "green"}
+    assert red == (set() if triton.PROVEN_COMPILED else {"compiled"})
+    assert len(states) > 50
+
+
+def test_compilers_get_them_unasked_when_a_gpu_has_checked_that_too(monkeypatch):
+    call = nk.explanation.recorded(nk.LayerNorm(8), torch.randn(2, 8))
+    words = "not yet checked on a GPU"
+    assert not any(words in reason for reason in triton.reluctance(call))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    for proven in (False, True):
+        monkeypatch.setattr(triton, "PROVEN_COMPILED", proven)
+        assert any(words in reason for reason in triton.reluctance(call)) is not proven
+
+
+@needs_triton
+def test_a_compiler_reads_the_question_whether_they_can_run():
+    """As every layer under ``torch.compile`` asks on a GPU; here the GPU is one in name, and the graph is not run."""
+    seen = []
+
+    def forward(x):
+        call = nk.dispatch.Call(nk.LayerNorm.spec, x, None, None, by_torch=lambda: x)
+        return x if triton.reasons_against(call) else -x
+
+    with FakeTensorMode():
+        x = torch.empty(2**20, 8, device="cuda")
+        torch.compile(forward, fullgraph=True, backend=lambda graph, _: seen.append(graph) or graph)(x)
+    assert seen
 
 
 def test_nobody_gets_them_unasked_before_a_gpu_has_checked_them(monkeypatch):
@@ -124,6 +153,22 @@ def test_while_a_graph_is_captured_a_call_costs_nothing(monkeypatch):
         for over, kind in (("[n] c [s...]", "channels"), ("n... [c...]", "rows")):
             assert triton.torch_is_faster(OnGPU(least[kind] - 1), over)
             assert not triton.torch_is_faster(OnGPU(least[kind]), over)
+
+
+@pytest.mark.parametrize(
+    ("norm", "features", "told"),
+    [
+        (nk.LayerNorm, 12288, True),
+        (nk.LayerNorm, 8192, False),
+        (nk.LayerNorm, 16385, False),
+        (nk.RMSNorm, 12288, False),
+    ],
+)
+def test_a_layer_norm_that_does_not_fit_into_the_registers_is_left_to_torch(norm, features, told):
+    x = torch.empty(2**25 // features + 1, features, device="meta")
+    call = nk.dispatch.Call(norm.spec, x, None, None, by_torch=lambda: x, trailing=1)
+    call.plan = SimpleNamespace(work=contract.reduce(call.problem()))
+    assert any("the layer norm of torch is faster" in reason for reason in triton.reluctance(call)) is told
 
 
 def test_a_compiler_gets_the_kernels_for_channels_in_training():

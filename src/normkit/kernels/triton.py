@@ -23,9 +23,12 @@ from normkit.kernels.plan import MAKERS, Plan, alike, plan_for
 if TYPE_CHECKING:
     from normkit.call import Call
 
-PROVEN: str | None = "a0e5bbbf30c0"
+PROVEN: str | None = "dfdc45cab6c3"
 """The commit of these kernels at which parity has passed on a GPU: records/bench/gpu/<commit>/ holds the record.
 ``None``: it has not run on one yet, and nobody gets them unasked."""
+PROVEN_COMPILED = False
+"""Whether it has passed inside ``torch.compile``, too. At ``PROVEN`` Dynamo could not read what asks whether Triton can
+start; now it need not, and compilers get the kernels unasked again once a GPU has seen it."""
 FOUND = importlib.util.find_spec("triton") is not None
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -36,6 +39,8 @@ CALLED, CAPTURED, COMPILED = {"channels": 2**23, "rows": 2**25}, {"channels": 2*
 From the record of ``PROVEN`` (H200; tables in bench/gpu/README.md). The time of the device alone is less than torch's
 from ``CAPTURED`` on. A call from Python costs 0.1 to 0.3 milliseconds more than torch's, so a loop of nothing but the
 norm gains from about twice ``CALLED`` on; a network that keeps the device busy gains earlier."""
+SPILLING = range(8193, 16385)
+"""Features of a layer norm whose backward pass does not fit into the registers of a GPU, by the same record."""
 OLDEST = (8, 0)
 """The compute capability that the kernels are compiled ahead of time for, beside the one that they have run on."""
 
@@ -53,7 +58,8 @@ def reasons_against(call: Call) -> list[str]:
             return [f"tensors are on {call.x.device} and on {tensor.device}"]
         if tensor.layout is not torch.strided:
             return ["a tensor is sparse or nested"]
-    if call.x.is_cuda and (hindrance := hindrance_to_start()):
+    compiling = torch.compiler.is_compiling()  # a compiler for GPUs starts Triton's kernels too, or says why not
+    if call.x.is_cuda and not compiling and (hindrance := hindrance_to_start()):
         return [hindrance]
     if call.x.dtype not in TYPES:
         return [f"no Triton kernel for {call.x.dtype}"]
@@ -63,7 +69,7 @@ def reasons_against(call: Call) -> list[str]:
         return ["the kernels know mean and variance only, the same for all that share them"]
     if call.eps <= 0:
         return ["epsilon is not positive, which torch refuses for some norms"]
-    if torch.compiler.is_compiling():
+    if compiling:
         return operators.reasons_against(call)
     for tensor in (call.x, call.weight, call.bias, call.residual, call.running_mean, call.running_var):
         if tensor is not None and (type(tensor) not in native._PLAIN or tensor.is_neg() or tensor.is_nested):
@@ -80,7 +86,7 @@ def reasons_against(call: Call) -> list[str]:
 def reluctance(call: Call) -> list[str]:
     """Why they do not run unless asked for by name."""
     reasons = []
-    if PROVEN is None:
+    if unproven():
         reasons.append('not yet checked on a GPU (bench/gpu/README.md); backend="triton" asks for them')
     if call.x.is_cuda and not _like_the_ones_they_ran_on(call.x.device):
         reasons.append(
@@ -91,7 +97,14 @@ def reluctance(call: Call) -> list[str]:
             reasons.append("a compiler of torch's operators is faster here")
     elif not call.merged and torch_is_faster(call.x, call.over):
         reasons.append(f"below {_least(call.x, call.over):,} elements the call costs more than the kernels save")
+    elif call.plan is not None and call.spec.center and call.plan.work.shape == "rows" and call.plan.work.c in SPILLING:
+        reasons.append(f"of rows of {SPILLING[0]:,} to {SPILLING[-1]:,} features the layer norm of torch is faster")
     return reasons
+
+
+def unproven() -> bool:
+    """Whether no GPU has checked these kernels, called as they are called here."""
+    return PROVEN is None or (torch.compiler.is_compiling() and not PROVEN_COMPILED)
 
 
 def torch_is_faster(x: Tensor, over: str | None) -> bool:
