@@ -14,7 +14,9 @@ from normkit.lab import LabError
 from normkit.lab.arm import Arm, parse_arm, parse_arms
 from normkit.lab.build import build_model, build_optimizer
 from normkit.lab.cell import Cell
+from normkit.lab.comparison import usual_arms
 from normkit.lab.load import Source
+from normkit.lab.tasks.variants import EVERY, QUICK
 from normkit.lab.train import train
 from normkit.lab.worker import seeded_data
 from normkit.report.labels import label
@@ -126,9 +128,19 @@ def test_what_stands_for_a_norm_is_refused_beside_one():
         build_model(experiment, parse_arm("none+residual:skipinit"), 0)
 
 
+def test_a_quick_look_takes_fewer_arms_where_there_are_many():
+    for task in ("variants", "digits-deep"):
+        experiment = Source(task).load({})
+        assert {*usual_arms(experiment, "quick")} < {*usual_arms(experiment, "default")} == {*experiment.arms}
+        assert usual_arms(experiment, "thorough") == tuple(experiment.arms)
+    plain = Source("digits").load({})
+    assert usual_arms(plain, "quick") == tuple(plain.arms)
+
+
 def test_every_norm_has_an_arm_among_the_variants_and_no_relu_behind_an_activation():
     experiment = Source("variants").load({"depth": 4})
-    arms = parse_arms(list(experiment.arms))
+    assert {*QUICK} < {*experiment.arms} < {*EVERY}
+    arms = parse_arms(list(EVERY))
     made = {}
     for arm in arms:
         model, _ = build_model(experiment, arm, 0)

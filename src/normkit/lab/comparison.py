@@ -70,7 +70,8 @@ def compare(
     options = dict(options or {}) | ({"data": str(data)} if data is not None else {})
     swept = parse_sweep(sweep) if isinstance(sweep, str) else make_sweep(*sweep) if sweep else None
     experiment = source.load(options)
-    chosen = parse_arms(arms if arms is not None else norms if norms is not None else tuple(experiment.arms))
+    asked = arms if arms is not None else norms if norms is not None else usual_arms(experiment, budget)
+    chosen = parse_arms(asked)
     workers = parse_parallel(str(parallel))
     splits, data_hash = _first_data(experiment)
     recipe = make_recipe(
@@ -109,6 +110,11 @@ def conclude(directory: Path) -> Result:
             f"its cell in {directory / 'cells'}; correct the model or the data and type the same command again"
         )
     return Result(directory, report.read_summary(directory), report.write(directory))
+
+
+def usual_arms(experiment: Experiment, budget: str) -> tuple[str | Arm, ...]:
+    """Those of a comparison that names none."""
+    return tuple((experiment.quick_arms if budget == "quick" else None) or experiment.arms)
 
 
 def make_recipe(

@@ -65,8 +65,8 @@ class Experiment:
         samples is the lab's, so that every arm sees the same batches.
     target: the value of the metric on validation data that ends the race: a constant, fixed before any result.
     loss: a function of outputs and targets; metric: a `Metric`, of all outputs and targets of a split together.
-    arms: the arms compared when the command names none; baseline: the arm ratios are taken against (default: the
-        arm without a norm, or the first).
+    arms: the arms compared when the command names none, and quick_arms those of a quick look (default: the same);
+        baseline: the arm ratios are taken against (default: the arm without a norm, or the first).
     optimizer: of the arms that name none. rates: the learning-rate grid, at least 7 log-spaced values.
     steps, eval_every, batch_size: optimizer steps of a full run; steps between evaluations; samples per step.
     dim: 1 when norms see features (n, c), 2 for images (n, c, h, w), 3 for volumes.
@@ -90,6 +90,7 @@ class Experiment:
     loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
     metric: Metric = ACCURACY
     arms: Sequence[str | Arm] = ("none", "batch", "layer", "rms")
+    quick_arms: Sequence[str | Arm] | None = None
     baseline: str | None = None
     optimizer: str = "sgd"
     rates: Sequence[float] = SGD_RATES

@@ -13,7 +13,7 @@ from normkit.lab.experiment import Experiment
 from normkit.lab.tasks.text import text
 
 TARGET = 3.7  # in reach of a quick look on all of the text
-ARMS = ("layer", "rms", "dyt", "derf")
+ARMS = ("layer", "dyt", "derf")
 
 
 def data_size(share: float = 0.1, depth: int = 2, width: int = 64, context: int = 64, heads: int = 4) -> Experiment:
@@ -39,8 +39,8 @@ def data_size(share: float = 0.1, depth: int = 2, width: int = 64, context: int 
         arms=ARMS,
         baseline="layer",
         target=TARGET,
-        steps=600,
-        quick_steps=130,
+        steps=400,
+        quick_steps=60,
     )
 
 

@@ -17,17 +17,10 @@ from normkit.lab.tasks.samples import digits, images
 # target of digits-cnn, fixed before any comparison.
 TARGET = 0.9
 KINDS = ("dense", "convolutional")
-ARMS = (
-    "none",
-    "none+residual:none",
-    "batch",
-    "batch+residual:none",
-    "layer",
-    "none+residual:skipinit",
-    "none+residual:fixup",
-    "none+residual:normalizer-free",
-    "none+residual:normalizer-free+clip:0.02",
-)
+ARMS = ("none", "batch", "layer", "none+residual:skipinit", "none+residual:fixup", "none+residual:normalizer-free")
+EVERY = (*ARMS, "none+residual:none", "batch+residual:none", "none+residual:normalizer-free+clip:0.02")
+"""The last ones only when named, so that the command takes minutes."""
+QUICK = ("none", "batch", "none+residual:skipinit", "none+residual:normalizer-free")
 SMALLEST = 4
 Layer = Callable[..., nn.Module]
 
@@ -68,10 +61,11 @@ def digits_deep(data: str | None = None, depth: int = 20, width: int = 64, kind:
         data=lambda seed: split(source, seed, validation, layout="image" if convolutional else "flat"),
         target=TARGET,
         arms=ARMS,
+        quick_arms=QUICK,
         optimizer="momentum",
         rates=MOMENTUM_RATES,
-        steps=300,
-        quick_steps=120,
+        steps=150,
+        quick_steps=80,
         eval_every=10,
         batch_size=50,
         dim=2 if convolutional else 1,

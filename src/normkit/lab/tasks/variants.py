@@ -12,10 +12,10 @@ from normkit.lab.labelled import split
 from normkit.lab.tasks.samples import images
 
 TARGET = 0.9  # that of digits-cnn, whose blocks these are but for the order inside
-ARMS = (
-    *("none", "batch", "layer", "rms", "group:4", "instance", "switchable", "power:20", "frn:tlu"),
-    *("evonorm_b0", "evonorm_s0:4", "grn", "dyt", "derf"),
-)
+ARMS = ("none", "batch", "layer", "rms", "group:4", "instance", "switchable", "frn:tlu", "evonorm_s0:4", "dyt")
+EVERY = (*ARMS, "power:20", "evonorm_b0", "grn", "derf")
+"""All that the catalogue has for it; the last ones only when named, so that the command takes minutes."""
+QUICK = ("none", "batch", "layer", "group:4", "instance", "evonorm_s0:4")
 
 
 class Block(nn.Module):
@@ -63,14 +63,16 @@ def variants(data: str | None = None, depth: int = 6, width: int = 12) -> Experi
         data=lambda seed: split(source, seed, validation, layout="image"),
         target=TARGET,
         arms=ARMS,
+        quick_arms=QUICK,
         optimizer="momentum",
         rates=MOMENTUM_RATES,
-        steps=200,
+        steps=150,
         quick_steps=50,
         eval_every=10,
         batch_size=32,
         dim=2,
         initial=initial.he,
+        probed=64,
     )
 
 
