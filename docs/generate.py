@@ -12,7 +12,7 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,10 @@ from normkit.report import (
     bench_summary,
     bench_synchronized,
     bench_watch,
-    depth,
     recurrent,
     small_batches,
     strategies,
+    swept,
 )
 from normkit.report.labels import sentence
 from normkit.report.words import verdict
@@ -76,6 +76,22 @@ ADVERSARIAL = {
     "gan-digits": "normkit compare gan --data digits --thorough",
 }
 """Comparisons of adversarial networks, shown in docs/conditional-and-gan.md, and the commands that make them."""
+EVERY_VARIANT = (
+    "normkit compare variants --arms 'none, batch, layer, rms, group:4, instance, switchable, frn:tlu, evonorm_s0:4, "
+    "dyt, power:20, evonorm_b0, grn, derf' --sweep batch-size=4,64"
+)
+SWEPT: dict[str, tuple[str, dict[str, Any]]] = {
+    "deep-residual": (
+        "normkit compare digits-deep --sweep depth=10,50,200",
+        {"depth": swept.outcome, "gradients": swept.gradients, "depth-cost": swept.cost},
+    ),
+    "variants": (EVERY_VARIANT, {"variants-outcome": swept.outcome, "variants-cost": swept.cost}),
+    "data-size": (
+        "normkit compare data-size --sweep share=0.01,0.1,1",
+        {"data-size-outcome": swept.outcome, "data-size-difference": swept.differences},
+    ),
+}
+"""Sweeps that docs/what-works-where.md shows: the command without its budget, and tables by their mark."""
 STRATEGIES = ("strategies", "strategies-text", "strategies-deep")
 """Comparisons of strategies, shown in docs/strategies.md; the first arm of each is the control that never changes."""
 OVERHEAD = Path("records") / "bench" / "overhead"
@@ -462,21 +478,29 @@ def strategies_compared(file: Path) -> str:
     )
 
 
-def depth_page(text: str) -> str:
-    """``text`` of docs/what-works-where.md with the tables of the sweep over the depth."""
-    where = RECORDS / "deep-residual"
-    summary = json.loads((ROOT / where / "summary.json").read_text(encoding="utf-8"))
-    about, made = summary["experiment"], summary["experiment"]["environment"]
-    tables = {"depth": depth.accuracy, "gradients": depth.gradients, "depth-cost": depth.cost}
-    for name, draw in tables.items():
-        found = draw(summary)
-        text = between_marks("docs/what-works-where.md", text, name, table(found.header, found.rows))
-    record = (
+def swept_page(text: str) -> str:
+    """``text`` of docs/what-works-where.md with the tables of the sweeps."""
+    for record, (command, tables) in SWEPT.items():
+        file = ROOT / RECORDS / record / "summary.json"
+        summary = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+        for name, draw in tables.items():
+            found = summary and draw(summary)
+            content = (
+                table(found.header, found.rows) if found else f"No record is committed yet; `{command}` makes one."
+            )
+            text = between_marks("docs/what-works-where.md", text, name, content)
+        text = between_marks("docs/what-works-where.md", text, record, swept_record(record, summary) if summary else "")
+    return text
+
+
+def swept_record(record: str, summary: Mapping[str, Any]) -> str:
+    """Where the tables come from, and the picture."""
+    where, about, made = RECORDS / record, summary["experiment"], summary["experiment"]["environment"]
+    return (
         f"Record: [{where}](../{where}/report.md), `{about['command']}`, {len(about['seeds'])} paired seeds, in "
         f"brackets 95 % bootstrap intervals, {made['processor']}, torch {made['torch']}.\n\n"
-        f"![Test accuracy along the depth](../{where}/picture.svg)"
+        f"![{record}: the outcome along the sweep](../{where}/picture.svg)"
     )
-    return between_marks("docs/what-works-where.md", text, "depth-record", record)
 
 
 def recurrent_page(text: str) -> str:
@@ -805,7 +829,7 @@ def pages() -> dict[Path, str]:
         ),
         **small_batches_pages(),
         ROOT / "docs" / "what-works-where.md": recurrent_page(
-            depth_page((ROOT / "docs" / "what-works-where.md").read_text(encoding="utf-8"))
+            swept_page((ROOT / "docs" / "what-works-where.md").read_text(encoding="utf-8"))
         ),
         ROOT / "docs" / "recurrent-and-attention.md": attention_page(
             (ROOT / "docs" / "recurrent-and-attention.md").read_text(encoding="utf-8")

@@ -18,7 +18,7 @@ SWEEPS = ("small-batches", "cut-batches")
 STRATEGIES = ("strategies", "strategies-text", "strategies-deep")
 SMALL_BUDGET = (
     *(*STRATEGIES, "deep-residual", "text", "digits-vit"),
-    "digits-sequence-pixels",
+    *("digits-sequence-pixels", "variants", "data-size"),
 )
 """With a budget that their page states; every other record is a thorough comparison."""
 ADVERSARIAL = ("gan-ring",)
@@ -36,7 +36,14 @@ PAGES = {
     **dict.fromkeys(SWEEPS, "docs/small-batches.md"),
     **dict.fromkeys(STRATEGIES, "docs/strategies.md"),
     **dict.fromkeys(
-        ("deep-residual", "digits-sequence", "digits-sequence-pixels", "digits-sequence-permuted"),
+        (
+            "deep-residual",
+            "digits-sequence",
+            "digits-sequence-pixels",
+            "digits-sequence-permuted",
+            "variants",
+            "data-size",
+        ),
         "docs/what-works-where.md",
     ),
     **dict.fromkeys((*ADVERSARIAL, "gan-ring-thorough", "gan-digits"), "docs/conditional-and-gan.md"),
