@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import os
@@ -92,6 +93,34 @@ def test_a_gpu_has_checked_them():
     red = {row for row, state in states if state != "green"}
     assert red == (set() if triton.PROVEN_COMPILED else {"compiled"})
     assert len(states) > 50
+
+
+KERNELS = sorted((HERE.parent / "src" / "normkit" / "kernels").glob("triton_*.py"))
+
+
+def code_of(source: str) -> str:
+    """Without comments and docstrings, which no GPU sees."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            node.body = [line for line in node.body if not _is_text(line)]
+    return ast.dump(tree)
+
+
+def _is_text(line: ast.stmt) -> bool:
+    return isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant) and isinstance(line.value.value, str)
+
+
+@pytest.mark.parametrize("file", KERNELS, ids=lambda path: path.stem)
+def test_they_are_those_that_a_gpu_has_checked(file):
+    """Who changes a kernel measures it again (bench/gpu/README.md), or sets ``PROVEN`` to None until somebody has."""
+    if triton.PROVEN is None:
+        pytest.skip("no GPU has checked them, and nobody gets them unasked")
+    name = f"{triton.PROVEN}:{file.relative_to(HERE.parent)}"
+    shown = subprocess.run(["git", "show", name], cwd=HERE.parent, capture_output=True, text=True)
+    if shown.returncode != 0:
+        pytest.skip(f"this copy has no history that reaches back to {triton.PROVEN}")
+    assert code_of(shown.stdout) == code_of(file.read_text())
 
 
 def test_compilers_get_them_unasked_when_a_gpu_has_checked_that_too(monkeypatch):
