@@ -23,6 +23,7 @@ from normkit.lab.arm import Arm
 from normkit.lab.build import build_model
 from normkit.lab.load import Source
 from normkit.lab.norm_layer import norms_of
+from normkit.lab.tasks import digits_deep, variants
 from normkit.lab.worker import seeded_data
 from normkit.laws import LAWS
 from normkit.measure.structure import OF_OPTIMIZER
@@ -76,16 +77,15 @@ ADVERSARIAL = {
     "gan-digits": "normkit compare gan --data digits --thorough",
 }
 """Comparisons of adversarial networks, shown in docs/conditional-and-gan.md, and the commands that make them."""
-EVERY_VARIANT = (
-    "normkit compare variants --arms 'none, batch, layer, rms, group:4, instance, switchable, frn:tlu, evonorm_s0:4, "
-    "dyt, power:20, evonorm_b0, grn, derf' --sweep batch-size=4,64"
-)
 SWEPT: dict[str, tuple[str, dict[str, Any]]] = {
     "deep-residual": (
-        "normkit compare digits-deep --sweep depth=10,50,200",
+        f"normkit compare digits-deep --arms '{', '.join(digits_deep.EVERY)}' --sweep depth=10,50,200",
         {"depth": swept.outcome, "gradients": swept.gradients, "depth-cost": swept.cost},
     ),
-    "variants": (EVERY_VARIANT, {"variants-outcome": swept.outcome, "variants-cost": swept.cost}),
+    "variants": (
+        f"normkit compare variants --arms '{', '.join(variants.EVERY)}' --sweep batch-size=4,64",
+        {"variants-outcome": swept.outcome, "variants-cost": swept.cost},
+    ),
     "data-size": (
         "normkit compare data-size --sweep share=0.01,0.1,1",
         {"data-size-outcome": swept.outcome, "data-size-difference": swept.differences},

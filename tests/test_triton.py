@@ -87,7 +87,7 @@ def test_a_layer_asked_to_run_on_them_says_why_it_cannot():
 
 def test_a_gpu_has_checked_them():
     """``PROVEN`` is the commit of a record that is green throughout, but for compilers where these do not get them."""
-    assert triton.PROVEN is not None
+    _skip_unproven()
     records = read_lines(HERE.parent / "records" / "bench" / "gpu" / triton.PROVEN / "parity.jsonl")
     states = {(record["row"], record["state"]) for record in records if record["kind"] == "parity"}
     red = {row for row, state in states if state != "green"}
@@ -96,6 +96,12 @@ def test_a_gpu_has_checked_them():
 
 
 KERNELS = sorted((HERE.parent / "src" / "normkit" / "kernels").glob("triton_*.py"))
+ON_GPU = [path for path in KERNELS if "@triton.jit" in path.read_text(encoding="utf-8")]
+
+
+def _skip_unproven() -> None:
+    if triton.PROVEN is None:
+        pytest.skip("no GPU has checked the kernels, and nobody gets them unasked")
 
 
 def code_of(source: str) -> str:
@@ -111,19 +117,24 @@ def _is_text(line: ast.stmt) -> bool:
     return isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant) and isinstance(line.value.value, str)
 
 
-@pytest.mark.parametrize("file", KERNELS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("file", ON_GPU, ids=lambda path: path.stem)
 def test_they_are_those_that_a_gpu_has_checked(file):
     """Who changes a kernel measures it again (bench/gpu/README.md), or sets ``PROVEN`` to None until somebody has."""
-    if triton.PROVEN is None:
-        pytest.skip("no GPU has checked them, and nobody gets them unasked")
-    name = f"{triton.PROVEN}:{file.relative_to(HERE.parent)}"
-    shown = subprocess.run(["git", "show", name], cwd=HERE.parent, capture_output=True, text=True)
-    if shown.returncode != 0:
+    _skip_unproven()
+    git = lambda *words: subprocess.run(["git", *words], cwd=HERE.parent, capture_output=True, text=True)
+    if git("cat-file", "-e", f"{triton.PROVEN}^{{commit}}").returncode != 0:
         pytest.skip(f"this copy has no history that reaches back to {triton.PROVEN}")
-    assert code_of(shown.stdout) == code_of(file.read_text())
+    shown = git("show", f"{triton.PROVEN}:{file.relative_to(HERE.parent).as_posix()}")
+    assert shown.returncode == 0, f"{file.name} is younger than {triton.PROVEN}"
+    assert code_of(shown.stdout) == code_of(file.read_text(encoding="utf-8"))
+
+
+def test_there_are_kernels_to_hold_to_that():
+    assert len(ON_GPU) >= 5
 
 
 def test_compilers_get_them_unasked_when_a_gpu_has_checked_that_too(monkeypatch):
+    _skip_unproven()
     call = nk.explanation.recorded(nk.LayerNorm(8), torch.randn(2, 8))
     words = "not yet checked on a GPU"
     assert not any(words in reason for reason in triton.reluctance(call))

@@ -6,12 +6,14 @@ So many programs that small tensors take every way: one team, several, groups in
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 import normkit as nk
+from normkit.kernels import triton as backend
 from normkit.kernels import triton_launch, triton_resident_launch
 from normkit.kernels.contract import Work
 from normkit.kernels.plan import plan_for
@@ -171,3 +173,37 @@ def test_where_the_driver_refuses_the_passes_run_instead(monkeypatch):
         layer, x, residual = case(name)
         layer.activation = torch.nn.ReLU()
         examine(layer, x, residual)
+
+
+def test_counters_are_kept_by_stream_but_not_in_what_a_compiler_or_a_graph_owns(monkeypatch):
+    layer, x, _ = case("batch, planes")
+    made = plan_for(nk.explanation.recorded(layer, x), "triton").kernel._forward
+    on_gpu = SimpleNamespace(is_cuda=True, device=CPU, get_device=lambda: 0)
+    stream = SimpleNamespace(now=1, captured=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: stream.now, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: stream.captured)
+    first = made._counters_for(on_gpu)
+    assert made._counters_for(on_gpu) is first
+    stream.now = 2
+    second = made._counters_for(on_gpu)
+    assert second is not first
+    stream.captured = True
+    assert made._counters_for(on_gpu) is not second
+    stream.captured = False
+    monkeypatch.setattr(backend.here, "compiled", True, raising=False)
+    assert made._counters_for(on_gpu) is not second
+
+
+def test_an_operator_of_a_compiled_program_says_where_it_is(monkeypatch):
+    layer, x, _ = case("batch, planes")
+    seen = []
+    start = triton_resident_launch.Resident._counters_for
+
+    def spied(resident, tensor):
+        seen.append(backend.here.compiled)
+        return start(resident, tensor)
+
+    monkeypatch.setattr(triton_resident_launch.Resident, "_counters_for", spied)
+    torch.compile(layer, backend="eager", fullgraph=True)(x.requires_grad_()).sum().backward()
+    assert seen == [True, True]
+    assert not getattr(backend.here, "compiled", False)

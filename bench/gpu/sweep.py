@@ -49,7 +49,7 @@ USUAL_WIDE = wide_launch.PACE
 
 def choose(words: str) -> None:
     """``M``, ``S``, ``W``, ``N``: tile, warps, stages, programs and channels of a pass; ``V``: of split rows; ``F``,
-    ``B``: of the cache, in hundredths."""
+    ``B``: of the cache, in hundredths; ``NF``: tiles up to which fewer programs stay."""
     for key, (module, name) in PLACES.items():
         setattr(module, name, USUAL[key])
     for place, usual in USUAL_PACES.items():

@@ -11,6 +11,7 @@ import importlib.util
 import os
 import shutil
 import sysconfig
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +59,7 @@ def reasons_against(call: Call) -> list[str]:
             return [f"tensors are on {call.x.device} and on {tensor.device}"]
         if tensor.layout is not torch.strided:
             return ["a tensor is sparse or nested"]
-    compiling = torch.compiler.is_compiling()  # a compiler for GPUs starts Triton's kernels too, or says why not
+    compiling = torch.compiler.is_compiling()  # Inductor starts Triton's kernels too, or says why not
     if call.x.is_cuda and not compiling and (hindrance := hindrance_to_start()):
         return [hindrance]
     if call.x.dtype not in TYPES:
@@ -248,5 +249,20 @@ def _signs(plan: Plan, x: Tensor, stats: Tensor, bits: Tensor) -> Tensor:
     return signs
 
 
-operators.RUNS["triton"] = operators.Runs(_carry_out, backward, contract.bits_are_bytes)
+here = threading.local()
+"""``compiled``: whether this thread carries out an operator of a compiled program, whose memory is not ours to keep."""
+
+
+def _in_a_program(run: Any) -> Any:
+    def carried_out(*given: Any) -> Any:
+        here.compiled = True
+        try:
+            return run(*given)
+        finally:
+            here.compiled = False
+
+    return carried_out
+
+
+operators.RUNS["triton"] = operators.Runs(_in_a_program(_carry_out), _in_a_program(backward), contract.bits_are_bytes)
 """What compilers see of these kernels."""

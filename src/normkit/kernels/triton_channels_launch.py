@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from normkit.kernels import contract, triton_channels, triton_resident_launch
-from normkit.kernels.triton_launch import Cut, Epilogue, Launch, Pace, parts_of
+from normkit.kernels.triton_launch import MERGED, Cut, Epilogue, Launch, Pace, parts_of
 
 MEASURING = {"columns": Pace(2048, 4, 4, 4, channels=64), "planes": Pace(4096, 4, 3, 4, channels=16)}
 SUMMING = {"columns": Pace(2048, 4, 4, 4, channels=64), "planes": Pace(2048, 8, 3, 4, channels=16)}
@@ -17,8 +17,6 @@ WRITING = {"columns": Pace(2048, 4, 2, 16, channels=64), "planes": Pace(2048, 4,
 """By the layout. Where channels are neighbours (``columns``) a tile has a line of the cache of them, 128 bytes;
 elsewhere few, so that its runs of positions are long. The numbers are those that bench/gpu/sweep.py found fastest on an
 H200."""
-MERGED = 1024
-"""Partial results that a program merges at a time."""
 
 
 class Channels:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 WARPS = (1, 0.5, 2)
 """What tuning multiplies the numbers of warps by."""
+MERGED = 1024
+"""Partial results of channels that a program merges at a time."""
 
 
 class Pace(NamedTuple):
@@ -82,7 +84,8 @@ class Launch:
         kernel: its parameters are tensors, numbers, further numbers that differ between calls, constants.
         programs: in one or two dimensions.
         numbers: in the order of the parameters.
-        constants: by name, and ``num_warps``.
+        constants: by name, and options of the launch: ``num_warps``, of programs that wait for each other
+            ``launch_cooperative_grid`` and ``maxnreg``.
     """
 
     def __init__(self, kernel: Any, programs: tuple[int, ...], numbers: tuple[Any, ...] = (), **constants: Any) -> None:

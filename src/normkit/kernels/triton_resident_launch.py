@@ -9,19 +9,18 @@ import torch
 from torch import Tensor
 
 from normkit.kernels import contract, triton_launch, triton_resident
-from normkit.kernels.triton import INTERPRETED
-from normkit.kernels.triton_launch import Cut, Launch, Pace, cache, parts_of, stages_that_fit
+from normkit.kernels.triton import INTERPRETED, here
+from normkit.kernels.triton_launch import MERGED, Cut, Launch, Pace, cache, parts_of, stages_that_fit
 
 STAYING = {"columns": Pace(2048, 4, 3, 4, channels=64), "planes": Pace(2048, 4, 3, 4, channels=8)}
 """By the layout; ``programs`` are so many per processor as are there at once."""
 FEW = 12
-"""Tiles of a program up to which half as many programs are faster, where channels are neighbours: fewer to wait for."""
+"""Tiles of a program up to which half as many programs are faster, where channels are neighbours and no gradient of a
+residual is written: fewer to wait for."""
 FORWARD, BACKWARD = 0.6, 0.9
 """Of the second-level cache, for what a pass reads twice. The numbers are what bench/gpu/sweep.py found on an H200."""
 REGISTERS = 2**16
 """Of a processor."""
-MERGED = 1024
-"""Partial results that a program merges at a time."""
 
 
 class Teams(Cut):
@@ -64,7 +63,7 @@ def teams_for(
 ) -> Teams | None:
     """``None``: too large a tensor, or too many groups."""
     if work.shape == "planes" and work.groups and parts_of(work.s) <= pace.elements(dtype):
-        # a tile with all positions of a few channels: who has whole groups meets nobody
+        # a tile with all positions of a few channels: a program that has a whole group meets nobody
         pace = pace._replace(channels=min(pace.channels, pace.elements(dtype) // parts_of(work.s)))
     teams = Teams(work, pace, dtype, device, tensors, share)
     if work.shape == "columns" and tensors < 3:
@@ -113,9 +112,10 @@ class Resident:
 
     def _counters_for(self, x: Tensor) -> Tensor:
         """Of the teams. One set for every stream, on which one launch follows the other; a captured graph has its own,
-        because it may be replayed on any."""
+        because it may be replayed on any, and so has every call of a compiled program, because what is allocated there
+        may lie in the memory of its graph."""
         make = lambda: torch.zeros(16 * self.teams.teams, dtype=torch.int64, device=x.device)
-        if not x.is_cuda or torch.cuda.is_current_stream_capturing():
+        if not x.is_cuda or getattr(here, "compiled", False) or torch.cuda.is_current_stream_capturing():
             return make()
         key = x.get_device(), torch._C._cuda_getCurrentRawStream(x.get_device())
         if key not in self._counters:
