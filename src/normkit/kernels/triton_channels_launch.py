@@ -10,6 +10,7 @@ from torch import Tensor
 
 from normkit.kernels import contract, triton_channels, triton_resident_launch
 from normkit.kernels.triton_launch import MERGED, Cut, Epilogue, Launch, Pace, parts_of
+from normkit.kernels.triton_resident_launch import Resident
 
 MEASURING = {"columns": Pace(2048, 4, 4, 4, channels=64), "planes": Pace(4096, 4, 3, 4, channels=16)}
 SUMMING = {"columns": Pace(2048, 4, 4, 4, channels=64), "planes": Pace(2048, 8, 3, 4, channels=16)}
@@ -66,7 +67,9 @@ class Channels:
         self._differentiate = Launch(
             kernels.differentiate, writing.programs, (*writing.place, *follows), **kind, **writing.constants
         )
-        self._forward, self._backward = self._resident(follows, kind, warps) if self.batch else (None, None)
+        whole = self._resident(follows, kind, warps) if self.batch else (None, None)
+        self._forward: Resident | None = whole[0]
+        self._backward: Resident | None = whole[1]
         self._own_at_once = self._own if self._backward is None else self._adding(self._backward.teams)
 
     def _adding(self, cut: Cut) -> Launch:
@@ -78,7 +81,9 @@ class Channels:
             (cut.sections, work.c, cut.parts, cut.size, pooled, self.statistics), **merge,
         )  # fmt: skip
 
-    def _resident(self, follows: tuple[Any, ...], kind: dict[str, Any], warps: float) -> tuple[Any, Any]:
+    def _resident(
+        self, follows: tuple[Any, ...], kind: dict[str, Any], warps: float
+    ) -> tuple[Resident | None, Resident | None]:
         """A whole pass in one launch, where it fits."""
         given = (self.work, *self._where, follows, float(self.values), kind, warps)
         more = self.epilogue.residual and self.epilogue.activation is not None
@@ -159,7 +164,7 @@ class Channels:
         if need_x and self.batch:
             averages = torch.empty(2 * self.statistics, dtype=torch.float32, device=x.device)
             if self._backward is not None:
-                found = self._at_once(given, averages, dweight, dbias, need_residual)
+                found = self._at_once(self._backward, given, averages, dweight, dbias, need_residual)
                 if found is not None:
                     return found[0], dweight, dbias, found[1]
         if averages is not None or parameters:
@@ -173,6 +178,7 @@ class Channels:
 
     def _at_once(
         self,
+        whole: Resident,
         given: tuple[Any, ...],
         averages: Tensor,
         dweight: Tensor | None,
@@ -181,13 +187,10 @@ class Channels:
     ) -> tuple[Tensor, Tensor | None] | None:
         """All gradients by the resident kernel; where statistics are a sample's own, ``own`` adds over the samples."""
         x, dy, residual, weight, bias, stats, bits = given
-        partials, dx = self._backward.teams.partials(2, x), torch.empty_like(x)
+        partials, dx = whole.teams.partials(2, x), torch.empty_like(x)
         dresidual = torch.empty_like(x) if need_residual and self.epilogue.activation is not None else None
         parameters = (None, None) if self.grouped else (dweight, dbias)
-        done = self._backward(
-            x, dy, residual, weight, bias, bits, stats, averages, partials, dx, dresidual, *parameters
-        )
-        if not done:
+        if not whole(x, dy, residual, weight, bias, bits, stats, averages, partials, dx, dresidual, *parameters):
             return None
         if self.grouped and (dweight is not None or dbias is not None):
             self._own_at_once(partials, stats, dweight, dbias)

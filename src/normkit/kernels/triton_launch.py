@@ -164,7 +164,7 @@ class Cut:
         tiles, blocks = triton.cdiv(s, positions), triton.cdiv(c, block)
         items, programs = tiles * samples, blocks * self.sections
         self.parts = min(items, triton.cdiv(pace.programs * processors(device), programs))
-        self.programs = (programs, self.parts)
+        self.programs: tuple[int, ...] = (programs, self.parts)
         strides = (1, c) if columns else (s, 1)
         self.place = (samples, c, s, *strides, tiles, items, self.parts, blocks)
         self.size = self.sections * self.parts * c
