@@ -39,7 +39,7 @@ def data_size(share: float = 0.1, depth: int = 2, width: int = 64, context: int 
         arms=ARMS,
         baseline="layer",
         target=TARGET,
-        steps=400,
+        steps=250,
         quick_steps=60,
     )
 
