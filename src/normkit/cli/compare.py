@@ -51,7 +51,7 @@ class Compare:
     """Seeds of the search for each arm's learning rate (quick 1, default 2, thorough 5)."""
 
     quick: bool = False
-    """A smoke run: fewer rates and seeds, no evidence."""
+    """A smoke run: fewer rates, seeds and steps, of some tasks fewer arms; no evidence."""
 
     thorough: bool = False
     """Hours, resumable: more search seeds and final seeds; what committed records come from."""

@@ -38,7 +38,7 @@ CALLED, CAPTURED, COMPILED = {"channels": 2**23, "rows": 2**25}, {"channels": 2*
 (never for rows, which it fuses with their neighbours in about the same time).
 
 From the record of ``PROVEN`` (H200; tables in bench/gpu/README.md). The time of the device alone is less than torch's
-from ``CAPTURED`` on. A call from Python costs 0.1 to 0.3 milliseconds more than torch's, so a loop of nothing but the
+from ``CAPTURED`` on. A call from Python costs 0.1 to 0.4 milliseconds more than torch's, so a loop of nothing but the
 norm gains from about twice ``CALLED`` on; a network that keeps the device busy gains earlier."""
 SPILLING = range(8193, 16385)
 """Features of a layer norm whose backward pass does not fit into the registers of a GPU, by the same record."""
@@ -254,6 +254,8 @@ here = threading.local()
 
 
 def _in_a_program(run: Any) -> Any:
+    """``run``, as an operator of a compiled program."""
+
     def carried_out(*given: Any) -> Any:
         here.compiled = True
         try:

@@ -10,8 +10,8 @@ writes. What merges is a launch of its own, because in the prologue of the passe
 registers and in code, than it takes. The passes that measure go through the tensor from its beginning, those that
 write from its end: that is what the cache still holds.
 
-Nothing is added atomically and no program waits for another: the same device gives the same bits, and the programs may
-run one after the other, as they do in Triton's interpreter.
+Nothing is added atomically and no program waits for another (those that do are in ``triton_resident``): the same device
+gives the same bits, and the programs may run one after the other, as they do in Triton's interpreter.
 """
 
 from __future__ import annotations
