@@ -19,6 +19,7 @@ from torch.utils.checkpoint import (
 )
 
 import normkit as nk
+from normkit.statistics.recomputing import _first_pass
 from twins import assert_same, off_scale
 
 WIDTH = 6
@@ -290,3 +291,18 @@ def test_a_checkpointed_block_under_data_parallel_is_the_block(way):
         dist.destroy_process_group()
     assert_same(*results)
     assert results[0]["2 module.block.bn1.num_batches_tracked"] == 3
+
+
+def test_the_question_for_compiled_code_is_answered_on_the_device():
+    """A CUDA graph, which ``torch.compile(mode="reduce-overhead")`` captures, refuses a copy from the CPU's memory."""
+    seen = []
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    near = torch.empty(2, device="meta")
+    with Watching():
+        _first_pass(near)
+    assert seen == ["aten.full.default"]

@@ -18,7 +18,8 @@ _library.define("first_pass(Tensor near) -> Tensor")
 
 
 def _first_pass(near: Tensor) -> Tensor:
-    return torch.tensor(not recomputing(), device=near.device)
+    # made there, not copied: a CUDA graph, which torch.compile captures, refuses what comes from the CPU's memory
+    return torch.full((), not recomputing(), device=near.device)
 
 
 _library.impl("first_pass", _first_pass, "CompositeExplicitAutograd")
