@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from normkit.bench.inputs import Inputs, weight_dtype
 from normkit.bench.peers import EPS, Peer, eager, layer, ours
 
-OURS = "normkit"
+OURS, COMPILED = "normkit", "normkit, compiled"
 Maker = Callable[[], Peer]
 
 

@@ -261,11 +261,17 @@ def main(argv: list[str]) -> int:
     asked.add_argument("--out", type=Path, help="directory of the records; default records/bench/gpu/<commit>")
     asked.add_argument("--commit", help="of a copy of the working tree that git does not know")
     asked.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that check and compile")
-    asked.add_argument("--told", type=Path, help="measure nothing; the table of README.md from the records there")
+    asked.add_argument(
+        "--told",
+        type=Path,
+        action="append",
+        help="measure nothing; the table of README.md from this record; once more: "
+        "from both, and what both have from the second",
+    )
     asked.add_argument("--rehearse", action="store_true", help="on a CPU, in Triton's interpreter: no figures")
     options = asked.parse_args(argv)
     if options.told is not None:
-        print(markdown(read_lines(options.told / "timings.jsonl")))
+        print(markdown([record for told in options.told for record in read_lines(told / "timings.jsonl")]))
         return 0
     if not options.rehearse and not torch.cuda.is_available():
         print("error: torch sees no GPU here.\n  run this on a machine with one, or rehearse it: --rehearse")

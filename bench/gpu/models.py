@@ -1,4 +1,4 @@
-"""Whole models: a training step with torch's norms, with normkit's on the Triton kernels, and compiled."""
+"""Whole models: a training step with torch's norms and with normkit's on the Triton kernels, both compiled as well."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from clocks import measured
+from contenders import COMPILED, OURS
 from torch import Tensor, nn
 
 import normkit as nk
 from normkit.bench.clock import Step
 from normkit.bench.models import Layer, Residual, ResNet
+from normkit.kernels import triton
 
 Made = tuple[nn.Module, Tensor]
 
@@ -37,6 +39,8 @@ def _llm_layer(toy: bool, device: str) -> Made:
     return Layer(width, heads).to(device, torch.bfloat16), torch.randn(shape, device=device, dtype=torch.bfloat16)
 
 
+VARIANTS = {"torch": 5.0, OURS: 10.0, "torch.compile": 45.0, COMPILED: 45.0}
+"""Who is timed, and seconds that it may take. ``COMPILED`` has the backends that dispatch chooses, as a user has."""
 MAKERS: dict[str, Callable[[bool, str], Made]] = {
     "resnet50": _resnet50,
     "unet_block": _unet_block,
@@ -59,12 +63,22 @@ def step_of(call: Callable[[Tensor], Tensor], model: nn.Module, x: Tensor) -> St
     return Step(forward, lambda y: torch.autograd.grad(y, parameters, upstream[0]))
 
 
+def step_by(variant: str, model: nn.Module, x: Tensor) -> Step:
+    """A training step of a model, which changes for it."""
+    if variant in (OURS, COMPILED):
+        nk.accelerate_(model)
+    if variant == COMPILED and triton.PROVEN_COMPILED is None:
+        triton.PROVEN_COMPILED = "being checked"
+    call = torch.compile(model, dynamic=False) if variant in ("torch.compile", COMPILED) else model
+    return step_of(call, model, x)
+
+
 def compile_once(name: str, device: str) -> None:
-    """Leave on the disk what ``torch.compile`` makes of a model."""
-    model, x = MAKERS[name](device == "cpu", device)
-    step = step_of(torch.compile(model, dynamic=False), model, x)
-    with contextlib.suppress(Exception):  # who fails here fails again where it is timed, and is recorded there
-        step.finish(step.forward())
+    """Leave on the disk what ``torch.compile`` makes of a model, with torch's norms and with normkit's."""
+    for variant in ("torch.compile", COMPILED):
+        step = step_by(variant, *MAKERS[name](device == "cpu", device))
+        with contextlib.suppress(Exception):  # who fails here fails again where it is timed, and is recorded there
+            step.finish(step.forward())
 
 
 def distance(got: list[Tensor], wanted: list[Tensor]) -> float:
@@ -83,18 +97,15 @@ def records(name: str, clock: Any, out_of_time: Callable[[float], bool]) -> Iter
     upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y.device)
     truth = [y.detach(), *torch.autograd.grad(y, list(exact.parameters()), upstream)]
     allowed = 0.0
-    for variant, seconds in (("torch", 5.0), ("normkit", 10.0), ("torch.compile", 45.0)):
+    for variant, seconds in VARIANTS.items():
         record: dict[str, Any] = {"kind": "model", "model": name, "implementation": variant}
         if out_of_time(seconds):
             yield {**record, "state": "no time"}
             continue
         model = copy.deepcopy(plain)
         try:
-            if variant == "normkit":
-                nk.accelerate_(model)
-            call = torch.compile(model, dynamic=False) if variant == "torch.compile" else model
-            with nk.backend("triton" if variant == "normkit" else "auto"):
-                step = step_of(call, model, x)
+            with nk.backend("triton" if variant == OURS else "auto"):
+                step = step_by(variant, model, x)
                 y = step.forward()
                 error = distance([y.detach(), *step.finish(y)], truth)
                 if variant == "torch":

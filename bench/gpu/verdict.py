@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from contenders import OURS
+from contenders import COMPILED, OURS
 from rows import MODELS, ROWS, Goal
 
 Record = dict[str, Any]
@@ -29,6 +29,8 @@ def table(records: list[Record]) -> str:
             continue
         for goal in goals.get(title, ()) or (Goal(),):
             lines.append(_line(title, goal, found, mine))
+        if found.get(COMPILED, {}).get("state") == "measured":
+            lines.append(_line(f"{title}, compiled", Goal(), found, found[COMPILED]))
     checks_made = [r for r in records if r["kind"] == "parity"]
     red = [r for r in checks_made if r["state"] == "red"]
     lines.append(f"parity: {len(checks_made) - len(red)} of {len(checks_made)} green")
@@ -42,12 +44,13 @@ def markdown(records: list[Record]) -> str:
         "| row | what it stands for | ms | torch | compile | of copy | x eager | x compile | x call | goal |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
-    for title, reason, goals in [
-        *((row.name, row.case.reason, row.goals) for row in ROWS),
-        *((name, "a training step", ()) for name in MODELS),
+    for title, reason, goals, own in [
+        *((row.name, row.case.reason, row.goals, OURS) for row in ROWS),
+        *((name, "a training step", (), OURS) for name in MODELS),
+        *((name, "a training step, compiled", (), COMPILED) for name in MODELS),
     ]:
         found = {r["implementation"]: r for r in records if title in (r.get("row"), r.get("model")) and _timed(r)}
-        mine = found.get(OURS)
+        mine = found.get(own)
         for goal in goals or (Goal(),):
             name = title if goal.part == "step" else f"{title}, {goal.part}"
             if mine is None:

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 PROVEN: str | None = "dfdc45cab6c3"
 """The commit of these kernels at which parity has passed on a GPU: records/bench/gpu/<commit>/ holds the record.
 ``None``: it has not run on one yet, and nobody gets them unasked."""
-PROVEN_COMPILED = False
-"""Whether it has passed inside ``torch.compile``, too. At ``PROVEN`` Dynamo could not read what asks whether Triton can
-start; now it need not, and compilers get the kernels unasked again once a GPU has seen it."""
+PROVEN_COMPILED: str | None = None
+"""The commit at which it has passed inside ``torch.compile`` as well, in CUDA graphs and without them (the path
+``compiled`` of that record). ``None``: compilers do not get the kernels unasked."""
 FOUND = importlib.util.find_spec("triton") is not None
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -105,7 +105,7 @@ def reluctance(call: Call) -> list[str]:
 
 def unproven() -> bool:
     """Whether no GPU has checked these kernels, called as they are called here."""
-    return PROVEN is None or (torch.compiler.is_compiling() and not PROVEN_COMPILED)
+    return PROVEN is None or (torch.compiler.is_compiling() and PROVEN_COMPILED is None)
 
 
 def torch_is_faster(x: Tensor, over: str | None) -> bool:
