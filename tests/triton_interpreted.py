@@ -513,17 +513,19 @@ def test_the_operators_are_what_torch_expects_of_operators():
 
 def test_explain_says_why_they_do_not_run_unasked():
     layer, x = nk.BatchNorm2d(3), numbers((2, 3, 4, 4), torch.float32)
-    assert "not triton: below 8,388,608 elements the call costs more" in str(nk.explain(layer, x))
+    assert "not triton: below 33,554,432 elements the call costs more" in str(nk.explain(layer, x))
     with nk.backend("triton"):
         assert nk.explain(layer, x).backend == "triton"
 
 
 def test_they_leave_small_tensors_to_torch(monkeypatch):
     monkeypatch.setattr(nk.dispatch, "BACKENDS", {n: b for n, b in nk.dispatch.BACKENDS.items() if n != "native"})
-    monkeypatch.setattr(nk.kernels.triton, "CALLED", {"channels": 200, "rows": 100})
+    monkeypatch.setattr(nk.kernels.triton, "CALLED", {"batch": 200, "groups": 300, "rows": 100})
     for layer, shape, backend in (
         (nk.BatchNorm2d(3), (1, 3, 8, 8), "torch"),
         (nk.BatchNorm2d(3), (1, 3, 9, 9), "triton"),
+        (nk.GroupNorm(3, 3), (1, 3, 9, 9), "torch"),
+        (nk.GroupNorm(3, 3), (1, 3, 10, 10), "triton"),
         (nk.LayerNorm(9), (11, 9), "torch"),
         (nk.LayerNorm(9), (12, 9), "triton"),
     ):

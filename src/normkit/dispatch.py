@@ -184,13 +184,13 @@ def _torch_at_once(
     """
     if torch.compiler.is_compiling():
         if not x.is_cpu:
-            return triton.unproven() or triton.compiler_is_faster(x, over or spec.over, batch_statistics)
+            return True
         return loading.module is None or native.compiler_is_faster(x, activation, batch_statistics)
     first = next(iter(BACKENDS.values()))
     if first is not NATIVE:
         return first is TORCH
     if not x.is_cpu:
-        nobody = BACKENDS.keys() <= _OURS and triton.unproven()
+        nobody = BACKENDS.keys() <= _OURS and triton.PROVEN is None
         return nobody or triton.torch_is_faster(x, over or spec.over)
     if loading.module is None:
         return BACKENDS.keys() <= _OURS

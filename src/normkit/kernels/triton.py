@@ -27,19 +27,17 @@ if TYPE_CHECKING:
 PROVEN: str | None = "dfdc45cab6c3"
 """The commit of these kernels at which parity has passed on a GPU: records/bench/gpu/<commit>/ holds the record.
 ``None``: it has not run on one yet, and nobody gets them unasked."""
-PROVEN_COMPILED: str | None = None
-"""The commit at which it has passed inside ``torch.compile`` as well, in CUDA graphs and without them (the path
-``compiled`` of that record). ``None``: compilers do not get the kernels unasked."""
 FOUND = importlib.util.find_spec("triton") is not None
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-CALLED, CAPTURED, COMPILED = {"channels": 2**23, "rows": 2**25}, {"channels": 2**20, "rows": 2**22}, 2**22
-"""Elements from which the kernels are taken: in eager mode, while a CUDA graph is captured, and by ``torch.compile``
-(never for rows, which it fuses with their neighbours in about the same time).
+CALLED = {"batch": 2**25, "groups": 2**23, "rows": 2**25}
+CAPTURED = {"batch": 2**20, "groups": 2**20, "rows": 2**22}
+"""Elements from which the kernels are taken: in eager mode, and while a CUDA graph is captured.
 
 From the record of ``PROVEN`` (H200; tables in bench/gpu/README.md). The time of the device alone is less than torch's
-from ``CAPTURED`` on. A call from Python costs 0.1 to 0.4 milliseconds more than torch's, so a loop of nothing but the
-norm gains from about twice ``CALLED`` on; a network that keeps the device busy gains earlier."""
+from ``CAPTURED`` on. A call from Python costs 0.1 to 0.4 milliseconds more than torch's; from ``CALLED`` on a loop of
+nothing but the norm is no slower for it (group norm earlier, because torch's leaves more to save). Never unasked inside
+``torch.compile``: there a call costs as much, and one of what is compiled of torch's operators next to nothing."""
 SPILLING = range(8193, 16385)
 """Features of a layer norm whose backward pass does not fit into the registers of a GPU, by the same record."""
 OLDEST = (8, 0)
@@ -87,15 +85,17 @@ def reasons_against(call: Call) -> list[str]:
 def reluctance(call: Call) -> list[str]:
     """Why they do not run unless asked for by name."""
     reasons = []
-    if unproven():
+    if PROVEN is None:
         reasons.append('not yet checked on a GPU (bench/gpu/README.md); backend="triton" asks for them')
     if call.x.is_cuda and not _like_the_ones_they_ran_on(call.x.device):
         reasons.append(
             'checked on NVIDIA GPUs of compute capability 8.0 and later only; backend="triton" asks for them'
         )
     if torch.compiler.is_compiling():
-        if compiler_is_faster(call.x, call.over, call.batch_statistics):
-            reasons.append("a compiler of torch's operators is faster here")
+        reasons.append(
+            "calls of what a compiler makes of torch's operators cost less; in CUDA graphs "
+            '(mode="reduce-overhead") they cost nothing: backend="triton" is worth a try'
+        )
     elif not call.merged and torch_is_faster(call.x, call.over):
         reasons.append(f"below {_least(call.x, call.over):,} elements the call costs more than the kernels save")
     elif call.plan is not None and call.spec.center and call.plan.work.shape == "rows" and call.plan.work.c in SPILLING:
@@ -103,20 +103,9 @@ def reluctance(call: Call) -> list[str]:
     return reasons
 
 
-def unproven() -> bool:
-    """Whether no GPU has checked these kernels, called as they are called here."""
-    return PROVEN is None or (torch.compiler.is_compiling() and PROVEN_COMPILED is None)
-
-
 def torch_is_faster(x: Tensor, over: str | None) -> bool:
     """Whether the call costs more than the kernels save."""
     return x.numel() < _least(x, over)
-
-
-def compiler_is_faster(x: Tensor, over: str | None, batch_statistics: bool) -> bool:
-    """Whether a compiler that sees torch's operators makes of them what takes less time than these kernels."""
-    training = batch_statistics and torch.is_grad_enabled()
-    return not training or _kind(over) == "rows" or x.numel() < COMPILED
 
 
 def _least(x: Tensor, over: str | None) -> int:
@@ -125,7 +114,10 @@ def _least(x: Tensor, over: str | None) -> int:
 
 
 def _kind(over: str | None) -> str:
-    return "rows" if over is not None and "c..." in over else "channels"
+    """Of statistics: those of the batch, of groups of a sample's channels (or of each), or of rows of features."""
+    if over is None or over.startswith("[n"):
+        return "batch"
+    return "rows" if "c..." in over else "groups"
 
 
 @functools.cache
