@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from normkit.bench.inputs import Inputs, weight_dtype
 from normkit.bench.peers import EPS, Peer, eager, layer, ours
 
-OURS, COMPILED = "normkit", "normkit, compiled"
+OURS, COMPILED, COMPILED_IN_GRAPHS = "normkit", "normkit, compiled", "normkit, compiled, CUDA graphs"
 Maker = Callable[[], Peer]
 
 

@@ -187,7 +187,10 @@ def run(
     ways: Sequence[str] = (),
     workers: int = 1,
 ) -> list[Record]:
-    """Parity, rows with a goal, models, other rows, other contenders; a record is written as soon as it is there."""
+    """Parity, rows with a goal, models, other rows, models in CUDA graphs, other contenders.
+
+    A record is written as soon as it is there.
+    """
     begin, toy = time.monotonic(), clock.device == "cpu"
     out_of_time = lambda needed: time.monotonic() - begin + needed > 60 * minutes
     done: list[Record] = []
@@ -223,11 +226,15 @@ def run(
                 record = {"kind": "timing", "row": row.name, "implementation": OURS}
                 keep({**record, "state": "refused", "why": refused[row.name]})
 
+    def time_models(variants: dict[str, models.Variant]) -> None:
+        for name in wanted_models:
+            for record in models.records(name, clock, out_of_time, variants):
+                keep(record)
+
     time_all([row for row in chosen if row.goals], contenders)
-    for name in wanted_models:
-        for record in models.records(name, clock, out_of_time):
-            keep(record)
+    time_models(models.VARIANTS)
     time_all([row for row in chosen if not row.goals], contenders)
+    time_models(models.IN_GRAPHS)
     time_all(chosen, further)
     return done
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from clocks import measured
-from contenders import COMPILED, OURS
+from contenders import COMPILED, COMPILED_IN_GRAPHS, OURS
 from torch import Tensor, nn
 
 import normkit as nk
@@ -38,8 +39,29 @@ def _llm_layer(toy: bool, device: str) -> Made:
     return Layer(width, heads).to(device, torch.bfloat16), torch.randn(shape, device=device, dtype=torch.bfloat16)
 
 
-VARIANTS = {"torch": 5.0, OURS: 10.0, "torch.compile": 45.0, COMPILED: 45.0}
-"""Who is timed, and seconds that it may take."""
+@dataclass(frozen=True)
+class Variant:
+    """Who is timed."""
+
+    own: bool
+    """normkit's norms, on the Triton kernels."""
+    mode: str | None
+    """Of ``torch.compile``; ``None``: eager."""
+    seconds: float
+    """That it may take."""
+
+
+VARIANTS = {
+    "torch": Variant(False, None, 5.0),
+    OURS: Variant(True, None, 10.0),
+    "torch.compile": Variant(False, "default", 45.0),
+    COMPILED: Variant(True, "default", 45.0),
+}
+IN_GRAPHS = {
+    "torch.compile, CUDA graphs": Variant(False, "reduce-overhead", 45.0),
+    COMPILED_IN_GRAPHS: Variant(True, "reduce-overhead", 45.0),
+}
+"""Where calls cost nothing."""
 MAKERS: dict[str, Callable[[bool, str], Made]] = {
     "resnet50": _resnet50,
     "unet_block": _unet_block,
@@ -62,19 +84,20 @@ def step_of(call: Callable[[Tensor], Tensor], model: nn.Module, x: Tensor) -> St
     return Step(forward, lambda y: torch.autograd.grad(y, parameters, upstream[0]))
 
 
-def step_by(variant: str, model: nn.Module, x: Tensor) -> Step:
+@contextlib.contextmanager
+def step_by(variant: Variant, model: nn.Module, x: Tensor) -> Iterator[Step]:
     """A training step of a model, which changes for it."""
-    if variant in (OURS, COMPILED):
-        nk.accelerate_(model)
-    call = torch.compile(model, dynamic=False) if variant in ("torch.compile", COMPILED) else model
-    return step_of(call, model, x)
+    with nk.backend("triton" if variant.own else "auto"):
+        if variant.own:
+            nk.accelerate_(model)
+        yield step_of(torch.compile(model, dynamic=False, mode=variant.mode) if variant.mode else model, model, x)
 
 
 def compile_once(name: str, device: str) -> None:
     """Leave on the disk what ``torch.compile`` makes of a model, with torch's norms and with normkit's."""
-    for variant in ("torch.compile", COMPILED):
-        step = step_by(variant, *MAKERS[name](device == "cpu", device))
-        with contextlib.suppress(Exception):  # who fails here fails again where it is timed, and is recorded there
+    for variant in (VARIANTS["torch.compile"], VARIANTS[COMPILED]):
+        # who fails here fails again where it is timed, and is recorded there
+        with contextlib.suppress(Exception), step_by(variant, *MAKERS[name](device == "cpu", device)) as step:
             step.finish(step.forward())
 
 
@@ -85,7 +108,9 @@ def distance(got: list[Tensor], wanted: list[Tensor]) -> float:
     return (error / size) ** 0.5
 
 
-def records(name: str, clock: Any, out_of_time: Callable[[float], bool]) -> Iterator[dict[str, Any]]:
+def records(
+    name: str, clock: Any, out_of_time: Callable[[float], bool], variants: dict[str, Variant]
+) -> Iterator[dict[str, Any]]:
     """One per variant. A variant whose gradients are twice as far from float32's as torch's own is not timed."""
     torch.manual_seed(0)
     plain, x = MAKERS[name](clock.device == "cpu", clock.device)
@@ -93,20 +118,21 @@ def records(name: str, clock: Any, out_of_time: Callable[[float], bool]) -> Iter
     y = exact(x.float())
     upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y.device)
     truth = [y.detach(), *torch.autograd.grad(y, list(exact.parameters()), upstream)]
-    allowed = 0.0
-    for variant, seconds in VARIANTS.items():
-        record: dict[str, Any] = {"kind": "model", "model": name, "implementation": variant}
-        if out_of_time(seconds):
+
+    def error_of(step: Step) -> float:
+        y = step.forward()
+        return distance([y.detach(), *step.finish(y)], truth)
+
+    with step_by(VARIANTS["torch"], copy.deepcopy(plain), x) as step:
+        allowed = 2 * error_of(step) + 2**-8
+    for title, variant in variants.items():
+        record: dict[str, Any] = {"kind": "model", "model": name, "implementation": title}
+        if out_of_time(variant.seconds):
             yield {**record, "state": "no time"}
             continue
-        model = copy.deepcopy(plain)
         try:
-            with nk.backend("triton" if variant in (OURS, COMPILED) else "auto"):
-                step = step_by(variant, model, x)
-                y = step.forward()
-                error = distance([y.detach(), *step.finish(y)], truth)
-                if variant == "torch":
-                    allowed = 2 * error + 2**-8
+            with step_by(variant, copy.deepcopy(plain), x) as step:
+                error = error_of(step)
                 if not error <= allowed:
                     yield {**record, "state": "red", "why": f"{error:.2g} from float32, may be {allowed:.2g}"}
                     continue

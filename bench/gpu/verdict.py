@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from contenders import COMPILED, OURS
+from contenders import COMPILED, COMPILED_IN_GRAPHS, OURS
 from rows import MODELS, ROWS, Goal
 
 Record = dict[str, Any]
@@ -29,8 +29,9 @@ def table(records: list[Record]) -> str:
             continue
         for goal in goals.get(title, ()) or (Goal(),):
             lines.append(_line(title, goal, found, mine))
-        if found.get(COMPILED, {}).get("state") == "measured":
-            lines.append(_line(f"{title}, compiled", Goal(), found, found[COMPILED]))
+        for own in (COMPILED, COMPILED_IN_GRAPHS):
+            if found.get(own, {}).get("state") == "measured":
+                lines.append(_line(title + own.removeprefix(OURS), Goal(), _beside(own, found), found[own]))
     checks_made = [r for r in records if r["kind"] == "parity"]
     red = [r for r in checks_made if r["state"] == "red"]
     lines.append(f"parity: {len(checks_made) - len(red)} of {len(checks_made)} green")
@@ -48,9 +49,10 @@ def markdown(records: list[Record]) -> str:
         *((row.name, row.case.reason, row.goals, OURS) for row in ROWS),
         *((name, "a training step", (), OURS) for name in MODELS),
         *((name, "a training step, compiled", (), COMPILED) for name in MODELS),
+        *((name, "a training step, compiled, in CUDA graphs", (), COMPILED_IN_GRAPHS) for name in MODELS),
     ]:
         found = {r["implementation"]: r for r in records if title in (r.get("row"), r.get("model")) and _timed(r)}
-        mine = found.get(own)
+        found, mine = _beside(own, found), found.get(own)
         for goal in goals or (Goal(),):
             name = title if goal.part == "step" else f"{title}, {goal.part}"
             if mine is None:
@@ -65,6 +67,13 @@ def markdown(records: list[Record]) -> str:
             verdict = f"{goal}: {_verdict(goal, of_copy, eager, compiled)}" if goals else "–"
             lines.append(f"| {' | '.join(cells)} | {verdict} |")
     return "\n".join(lines)
+
+
+def _beside(own: str, found: dict[str, Record]) -> dict[str, Record]:
+    """In CUDA graphs what ``torch.compile`` does in CUDA graphs counts."""
+    if own != COMPILED_IN_GRAPHS:
+        return found
+    return {**found, "torch.compile": found.get("torch.compile, CUDA graphs", {})}
 
 
 def _timed(record: Record) -> bool:
