@@ -60,7 +60,7 @@ RESTORES = "restores"
 RECORDS = Path("records") / "compare"
 TASKS = ("digits", "digits-relu", "digits-cnn")
 """In the order of the README."""
-ATTENTION = ("text", "text-thorough", "digits-vit", "digits-vit-thorough")
+ATTENTION = ("text", "digits-vit", "digits-vit-thorough")
 """Tasks about Transformers, shown in docs/recurrent-and-attention.md: many arms, then a few thoroughly."""
 RECURRENT = {
     "digits-sequence": "normkit compare digits-sequence --thorough",

@@ -17,7 +17,7 @@ SWEEPS = ("small-batches", "cut-batches")
 """Over the batch size, with a budget that their page states."""
 STRATEGIES = ("strategies", "strategies-text", "strategies-deep")
 SMALL_BUDGET = (
-    *(*STRATEGIES, "deep-residual", "text", "digits-vit"),
+    *(*STRATEGIES, "deep-residual", "digits-vit"),
     *("digits-sequence-pixels", "variants", "data-size"),
 )
 """With a budget that their page states; every other record is a thorough comparison."""
@@ -25,11 +25,13 @@ ADVERSARIAL = ("gan-ring",)
 """With ten seeds at least; the task has an option, so that its name is not the record's."""
 ASKED = {
     "digits-sequence-permuted": "digits-sequence --set permuted=true",
+    "text": "text --arms 'layer, layer+qk:rms, layer+qk:layer, rms, rms+qk:rms, batch, batch+qk:rms, batch+ffn:batch, "
+    "power:10%, rep, progressive:50%:10%, layer+placement:after, batch+placement:after, none, none+qk:rms'",
     "digits-vit-thorough": "digits-vit --arms 'layer, batch, batch+ffn:batch, progressive:50%:10%'",
     "gan-ring-thorough": "gan",
     "gan-digits": "gan --data digits",
 }
-"""Thorough comparisons whose record has another name than the task."""
+"""Thorough comparisons of more arms than the usual ones, or whose record has another name than the task."""
 THOROUGH = "-thorough"
 """The default arms with all seeds, beside a record of more arms or steps with fewer."""
 PAGES = {
@@ -47,7 +49,7 @@ PAGES = {
         "docs/what-works-where.md",
     ),
     **dict.fromkeys((*ADVERSARIAL, "gan-ring-thorough", "gan-digits"), "docs/conditional-and-gan.md"),
-    **dict.fromkeys(("text", "text-thorough", "digits-vit", "digits-vit-thorough"), "docs/recurrent-and-attention.md"),
+    **dict.fromkeys(("text", "digits-vit", "digits-vit-thorough"), "docs/recurrent-and-attention.md"),
 }
 """Where the others are shown; the thorough ones are in the README, answer and picture."""
 COMMITTED = {"summary.json", "report.html", "report.md", "picture.svg"}
