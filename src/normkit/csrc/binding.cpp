@@ -131,6 +131,8 @@ void lstm_forwards(bool wide, int64_t n, int64_t h, uintptr_t driven, uintptr_t 
                    uintptr_t gates, uintptr_t output, uintptr_t cell, int threads) {
     LstmStep step = lstm_step(wide, n, h, before, gates, output, threads);
     step.driven = pointer<void>(driven), step.recurrent = pointer<void>(recurrent), step.cell = pointer<void>(cell);
+    if (4 * n * h < kHoldLock) return lstm_forward(step);
+    nb::gil_scoped_release unlocked;
     lstm_forward(step);
 }
 
@@ -139,6 +141,8 @@ void lstm_backwards(bool wide, int64_t n, int64_t h, uintptr_t before, uintptr_t
     LstmStep step = lstm_step(wide, n, h, before, gates, output, threads);
     step.dcell = pointer<void>(dcell), step.doutput = pointer<void>(doutput);
     step.dsum = pointer<void>(dsum), step.dbefore = pointer<void>(dbefore);
+    if (4 * n * h < kHoldLock) return lstm_backward(step);
+    nb::gil_scoped_release unlocked;
     lstm_backward(step);
 }
 

@@ -1,7 +1,5 @@
 // One time step of an LSTM between its norms: what the gates make of the cell. Written by hand it is eight of torch's
 // operators forwards and a dozen backwards, each on too few numbers to be worth calling.
-#include <omp.h>
-
 #include "activation.h"
 
 namespace normkit::NORMKIT_ISA {
