@@ -60,8 +60,8 @@ RESTORES = "restores"
 RECORDS = Path("records") / "compare"
 TASKS = ("digits", "digits-relu", "digits-cnn")
 """In the order of the README."""
-ATTENTION = ("text", "digits-vit", "digits-vit-thorough")
-"""Tasks about Transformers, shown in docs/recurrent-and-attention.md: many arms, then a few thoroughly."""
+ATTENTION = ("text", "digits-vit")
+"""Tasks about Transformers, shown in docs/recurrent-and-attention.md."""
 RECURRENT = {
     "digits-sequence": "normkit compare digits-sequence --thorough",
     "digits-sequence-pixels": (

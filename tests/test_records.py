@@ -17,7 +17,7 @@ SWEEPS = ("small-batches", "cut-batches")
 """Over the batch size, with a budget that their page states."""
 STRATEGIES = ("strategies", "strategies-text", "strategies-deep")
 SMALL_BUDGET = (
-    *(*STRATEGIES, "deep-residual", "digits-vit"),
+    *(*STRATEGIES, "deep-residual"),
     *("digits-sequence-pixels", "variants", "data-size"),
 )
 """With a budget that their page states; every other record is a thorough comparison."""
@@ -27,7 +27,8 @@ ASKED = {
     "digits-sequence-permuted": "digits-sequence --set permuted=true",
     "text": "text --arms 'layer, layer+qk:rms, layer+qk:layer, rms, rms+qk:rms, batch, batch+qk:rms, batch+ffn:batch, "
     "power:10%, rep, progressive:50%:10%, layer+placement:after, batch+placement:after, none, none+qk:rms'",
-    "digits-vit-thorough": "digits-vit --arms 'layer, batch, batch+ffn:batch, progressive:50%:10%'",
+    "digits-vit": "digits-vit --arms 'layer, layer+qk:rms, rms, batch, batch+qk:rms, batch+ffn:batch, power:10%, rep, "
+    "progressive:50%:10%, none'",
     "gan-ring-thorough": "gan",
     "gan-digits": "gan --data digits",
 }
@@ -49,7 +50,7 @@ PAGES = {
         "docs/what-works-where.md",
     ),
     **dict.fromkeys((*ADVERSARIAL, "gan-ring-thorough", "gan-digits"), "docs/conditional-and-gan.md"),
-    **dict.fromkeys(("text", "digits-vit", "digits-vit-thorough"), "docs/recurrent-and-attention.md"),
+    **dict.fromkeys(("text", "digits-vit"), "docs/recurrent-and-attention.md"),
 }
 """Where the others are shown; the thorough ones are in the README, answer and picture."""
 COMMITTED = {"summary.json", "report.html", "report.md", "picture.svg"}
