@@ -520,7 +520,7 @@ def test_explain_says_why_they_do_not_run_unasked():
 
 def test_they_leave_small_tensors_to_torch(monkeypatch):
     monkeypatch.setattr(nk.dispatch, "BACKENDS", {n: b for n, b in nk.dispatch.BACKENDS.items() if n != "native"})
-    monkeypatch.setattr(nk.kernels.triton, "CALLED", {"batch": 200, "groups": 300, "rows": 100})
+    monkeypatch.setattr(nk.kernels.triton, "LEAST", {"batch": 200, "groups": 300, "rows": 100})
     for layer, shape, backend in (
         (nk.BatchNorm2d(3), (1, 3, 8, 8), "torch"),
         (nk.BatchNorm2d(3), (1, 3, 9, 9), "triton"),

@@ -113,7 +113,7 @@ _ROWS = (Goal(0.85, 1.1, 1.0, "forward"), Goal(0.80, 1.8, 1.8, "backward"))
 
 
 def _calls() -> tuple[Row, ...]:
-    """Where the cost of a call ends to matter, which ``CALLED`` and ``CAPTURED`` of the backend are about."""
+    """Where the cost of a call ends to matter, which ``LEAST`` of the backend is about."""
     why = "{:,} elements: call or work"
     images = [
         Case("batch", (n, 64, 16, 16), why.format(n << 14), activation=follows)

@@ -156,6 +156,14 @@ def unambiguous(y: Tensor) -> Tensor:
     return rows.reshape(-1).view(rows.shape).movedim(-1, 1)
 
 
+def like(y: Tensor, x: Tensor) -> Tensor:
+    """``y`` in the memory format of ``x``: some of torch's operators return channels-first whatever they were given
+    (instance norm on the CPU, group norm on a GPU)."""
+    if x.is_contiguous() or not x.movedim(1, -1).is_contiguous():
+        return y
+    return y.movedim(1, -1).contiguous().movedim(-1, 1)  # vmap does not know contiguous(memory_format=...)
+
+
 def affine(y: Tensor, weight: Tensor | None, bias: Tensor | None, *, channels_first: bool = True) -> Tensor:
     """``y * weight + bias``, along axis 1 of (n, c, s...) or along the last axes."""
     for parameter, combine in ((weight, torch.mul), (bias, torch.add)):

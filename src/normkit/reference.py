@@ -28,13 +28,13 @@ def run(call: Call) -> Tensor:
     x = call.x.double().reshape(layout.view)
     kept = [size if axis not in layout.pooled else 1 for axis, size in enumerate(layout.view)]
     if call.batch_statistics:
-        values = torch.full(kept, float(layout.values), dtype=x.dtype)
+        values = torch.full(kept, float(layout.values), dtype=x.dtype, device=x.device)
         average = lambda t: t.mean(layout.pooled, keepdim=True)
         if call.counted is not None:
             counted = call.counted.expand(call.x.shape).reshape(layout.view)
             values = counted.double().sum(layout.pooled, keepdim=True)
             average = lambda t: (t * counted).sum(layout.pooled, keepdim=True) / values.clamp(min=1)
-        mean = average(x) if call.spec.center else torch.zeros(kept, dtype=x.dtype)
+        mean = average(x) if call.spec.center else torch.zeros(kept, dtype=x.dtype, device=x.device)
         var = average((x - mean).square())
         _move_running(call, mean, var, values)
         var = torch.where(values > 0, var, 1)

@@ -30,14 +30,15 @@ PROVEN: str | None = "dfdc45cab6c3"
 FOUND = importlib.util.find_spec("triton") is not None
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-CALLED = {"batch": 2**25, "groups": 2**23, "rows": 2**25}
-CAPTURED = {"batch": 2**20, "groups": 2**20, "rows": 2**22}
-"""Elements from which the kernels are taken: in eager mode, and while a CUDA graph is captured.
+LEAST = {"batch": 2**25, "groups": 2**23, "rows": 2**25}
+"""Elements from which the kernels are taken unasked.
 
 From the record of ``PROVEN`` (H200; tables in bench/gpu/README.md). The time of the device alone is less than torch's
-from ``CAPTURED`` on. A call from Python costs 0.1 to 0.4 milliseconds more than torch's; from ``CALLED`` on a loop of
-nothing but the norm is no slower for it (group norm earlier, because torch's leaves more to save). Never unasked inside
-``torch.compile``: there a call costs as much, and one of what is compiled of torch's operators next to nothing."""
+from 2^20 on, of rows from 2^22. A call from Python costs 0.1 to 0.4 milliseconds more than torch's, and from here on a
+loop of nothing but the norm is no slower for it (group norm earlier, because torch's leaves more to save). The same
+while a CUDA graph is captured, where calls cost nothing: a kernel that no call before has compiled cannot be loaded
+there. Never inside ``torch.compile``: there a call costs as much, and one of what is compiled of torch's operators next
+to nothing."""
 SPILLING = range(8193, 16385)
 """Features of a layer norm whose backward pass does not fit into the registers of a GPU, by the same record."""
 OLDEST = (8, 0)
@@ -97,20 +98,28 @@ def reluctance(call: Call) -> list[str]:
             '(mode="reduce-overhead") they cost nothing: backend="triton" is worth a try'
         )
     elif not call.merged and torch_is_faster(call.x, call.over):
-        reasons.append(f"below {_least(call.x, call.over):,} elements the call costs more than the kernels save")
+        reasons.append(f"below {_least(call.over):,} elements the call costs more than the kernels save")
+    elif _widened_by_autocast(call):
+        reasons.append("under autocast torch gives float32 here, and the kernels the type of the input")
     elif call.plan is not None and call.spec.center and call.plan.work.shape == "rows" and call.plan.work.c in SPILLING:
         reasons.append(f"of rows of {SPILLING[0]:,} to {SPILLING[-1]:,} features the layer norm of torch is faster")
     return reasons
 
 
+def _widened_by_autocast(call: Call) -> bool:
+    """The type of an output is not to hang on how large it is."""
+    wider = call.spec.name in ("layer_norm", "rms_norm", "group_norm")
+    narrow = call.x.dtype in (torch.bfloat16, torch.float16)
+    return call.x.is_cuda and narrow and wider and torch.is_autocast_enabled("cuda")
+
+
 def torch_is_faster(x: Tensor, over: str | None) -> bool:
     """Whether the call costs more than the kernels save."""
-    return x.numel() < _least(x, over)
+    return x.numel() < _least(over)
 
 
-def _least(x: Tensor, over: str | None) -> int:
-    captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
-    return (CAPTURED if captured else CALLED)[_kind(over)]
+def _least(over: str | None) -> int:
+    return LEAST[_kind(over)]
 
 
 def _kind(over: str | None) -> str:

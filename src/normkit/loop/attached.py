@@ -21,6 +21,7 @@ from normkit.loop.outputs import MOVED, Batch, example_inputs, few, moved, outpu
 from normkit.loop.readings import Readings
 from normkit.loop.step_size import StepSize
 from normkit.measure.untouched import original
+from normkit.stepping import takes_its_step
 from normkit.strategies.coupling import KEEP, Coupling
 from normkit.strategies.recalibrate import Recalibrate
 from normkit.strategies.strategy import Strategy, flattened
@@ -136,9 +137,13 @@ class Attached:
         """Put the hooks on."""
         self._handles = [
             self.outer.register_forward_pre_hook(self._note, with_kwargs=True),
-            self.optimizer.register_step_post_hook(lambda *_: self.after_step(self.batch)),
+            self.optimizer.register_step_post_hook(self._stepped),
         ]
         return self
+
+    def _stepped(self, optimizer: Any, *_: Any) -> None:
+        if takes_its_step(optimizer):
+            self.after_step(self.batch)
 
     def __deepcopy__(self, memo: dict) -> Attached:
         """A copy of the model has a copy of the hook, and it is this one's business no more than before."""

@@ -59,7 +59,7 @@ class Readings:
 
             readings = measure(model, batch, quantities=measured, call=lambda m, b: m(*b[0], **b[1]))
             found += [Reading(r.quantity, r.value, r.module, step, r.unit) for r in readings]
-        self._keep(_agreed(found))
+        self._keep(_agreed(found, model))
 
     def _keep(self, readings: list[Reading]) -> None:
         self.kept = [*self.kept, *readings][-KEPT:]
@@ -101,12 +101,14 @@ def switchable(model: nn.Module, step: int) -> list[Reading]:
     return found
 
 
-def _agreed(readings: list[Reading]) -> list[Reading]:
+def _agreed(readings: list[Reading], model: nn.Module) -> list[Reading]:
     """The mean over all processes, so that all decide alike. Words come from parameters, which are the same."""
     if not (dist.is_initialized() and dist.get_world_size() > 1):
         return readings
     numbers = [r for r in readings if isinstance(r.value, (int, float))]
-    values = torch.tensor([float(r.value) for r in numbers], dtype=torch.float64)  # type: ignore[arg-type]
+    own = [float(r.value) for r in numbers]  # type: ignore[arg-type]
+    device = next((p.device for p in model.parameters()), None)  # NCCL sends nothing that is on the CPU
+    values = torch.tensor(own, dtype=torch.float64, device=device)
     dist.all_reduce(values)
     shared = iter((values / dist.get_world_size()).tolist())
     return [

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from normkit.surgery import batches
 
@@ -21,7 +22,7 @@ def runner(loss_fn: Loss | None, call: Call | None) -> Run:
 
     def run(model: nn.Module, batch: Any) -> tuple[Any, Tensor | None]:
         output = call(model, batch)
-        return output, None if loss_fn is None else _scalar(loss_fn(output, target_of(batch)))
+        return output, None if loss_fn is None else _scalar(loss_fn(output, _beside(output, target_of(batch))))
 
     return run
 
@@ -31,6 +32,14 @@ def target_of(batch: Any) -> Any:
     if isinstance(batch, tuple | list):
         return batch[1] if len(batch) == 2 else tuple(batch[1:])
     return batch
+
+
+def _beside(output: Any, target: Any) -> Any:
+    """The target where the output is: loaders give both on the CPU, and the model's input went to the model."""
+    device = next((leaf.device for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)), None)
+    if device is None:
+        return target
+    return pytree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, target)
 
 
 def _scalar(loss: Any) -> Tensor:

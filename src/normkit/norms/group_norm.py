@@ -12,7 +12,7 @@ from torch.fx import Proxy
 
 from normkit.dispatch import normalize
 from normkit.epilogue import Activation
-from normkit.norm import Norm, traced_as_call
+from normkit.norm import Norm, like, traced_as_call
 from normkit.statistics.masking import blanked
 from normkit.vocabulary.spec import Spec
 
@@ -83,7 +83,7 @@ def group_norm(
         x,
         weight,
         bias,
-        by_torch=lambda: F.group_norm(x, num_groups, weight, bias, eps),
+        by_torch=lambda: like(F.group_norm(x, num_groups, weight, bias, eps), x),
         eps=eps,
         groups=num_groups,
         residual=residual,

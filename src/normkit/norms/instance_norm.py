@@ -13,7 +13,7 @@ from torch.fx import Proxy
 from normkit.dispatch import normalize
 from normkit.epilogue import Activation
 from normkit.moments import Moments
-from normkit.norm import Norm, traced_as_call, unambiguous
+from normkit.norm import Norm, like, traced_as_call, unambiguous
 from normkit.statistics.buffers import Kept, LazyFeatures, RunningStatistics, as_statistics
 from normkit.statistics.masking import blanked
 from normkit.vocabulary.spec import Spec
@@ -134,7 +134,7 @@ def _call(
         if not x.numel():  # torch's instance norm cannot take an empty batch; batch norm can, and gradients are 0
             return F.batch_norm(x, None, None, weight, bias, True, 0.0, details["eps"])
         y = F.instance_norm(x, running_mean, running_var, weight, bias, use_input_stats, momentum, details["eps"])
-        return _like(unambiguous(y), x)
+        return like(unambiguous(y), x)
 
     return normalize(
         SPEC,
@@ -148,13 +148,6 @@ def _call(
         momentum=momentum,
         **details,
     )
-
-
-def _like(y: Tensor, x: Tensor) -> Tensor:
-    """``y`` in the memory format of ``x``: torch's CPU operator returns channels-first whatever it was given."""
-    if x.is_contiguous() or not x.movedim(1, -1).is_contiguous():
-        return y
-    return y.movedim(1, -1).contiguous().movedim(-1, 1)  # vmap does not know contiguous(memory_format=...)
 
 
 class _InstanceNorm(Norm, RunningStatistics):

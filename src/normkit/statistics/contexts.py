@@ -10,6 +10,7 @@ from torch import nn, optim
 from torch.nn.parameter import is_lazy
 
 from normkit.statistics.buffers import Hold, RunningStatistics, waiting_for
+from normkit.stepping import takes_its_step
 
 
 @contextlib.contextmanager
@@ -121,7 +122,7 @@ class Listener:
                 "optimizer=[first, second]"
             )
         self._own = _begin(layers)
-        update = lambda *_: _update(self._own)
+        update = lambda optimizer, *_: _update(self._own) if takes_its_step(optimizer) else None
         self._hooks = [optimizer.register_step_post_hook(update) for optimizer in optimizers]
 
     def remove(self) -> None:

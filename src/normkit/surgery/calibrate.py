@@ -110,7 +110,7 @@ def plan(
     intended = Plan("calibrate_", inside(model, "calibrate_"))
     layers = _layers(intended, filter_fn)
     if initialised():
-        same_everywhere("calibrate_", layers, process_group)
+        same_everywhere("calibrate_", layers, process_group, model)
     if not layers:
         intended.notes.append("there is no layer whose running statistics could be re-estimated")
         return intended

@@ -154,7 +154,7 @@ def _fresh(
             continue
         try:
             place = place_of(module)
-            new = build(to, module, place, learn=dims is not None, dim=(dims or {}).get(module))
+            new = build(to, module, place, learn=dims is not None, dim=(dims or {}).get(module), among=intended.model)
         except Misfit as misfit:
             intended.refuse(name, str(misfit))
             continue

@@ -82,7 +82,7 @@ def plan(model: nn.Module, process_group: Any = None, *, filter_fn: Filter | Non
             intended.skip(name, "filter_fn left it out")
         else:
             layers[name] = module
-    same_everywhere("merge_statistics_", layers, process_group)
+    same_everywhere("merge_statistics_", layers, process_group, model)
     sets = {name: sets_of(layer) for name, layer in layers.items()}
     pooled = iter(_pooled([kept for one in sets.values() for kept in one], process_group))
     for name, one in sets.items():
@@ -113,11 +113,11 @@ def _pairs(kept: Kept, values: tuple[Tensor, Tensor] | None) -> list[tuple[Tenso
     return [] if values is None else list(zip((kept.mean, kept.var), values, strict=True))
 
 
-def same_everywhere(operation: str, layers: dict[str, Any], group: Any) -> None:
+def same_everywhere(operation: str, layers: dict[str, Any], group: Any, model: nn.Module) -> None:
     """Refuse processes whose layers differ: what they exchange would not belong together."""
     told = [f"{name}: {[len(kept.mean) for kept in sets_of(layer)]} {layer.momentum}" for name, layer in layers.items()]
     digest = int.from_bytes(hashlib.sha256("\n".join(told).encode()).digest()[:7])
-    ends = torch.tensor([digest, -digest], device=_device([*layers.values()]))
+    ends = torch.tensor([digest, -digest], device=_device([*layers.values()], model))
     dist.all_reduce(ends, dist.ReduceOp.MAX, group)
     if ends[0] != -ends[1]:
         first = "; ".join(told[:3]) + (" ..." if told[3:] else "")
@@ -128,8 +128,12 @@ def same_everywhere(operation: str, layers: dict[str, Any], group: Any) -> None:
         )
 
 
-def _device(layers: list[Any]) -> torch.device:
-    return layers[0].running_mean.device if layers else torch.device("cpu")
+def _device(layers: list[Any], model: nn.Module) -> torch.device:
+    """Where processes exchange something about the layers: NCCL sends nothing that is on the CPU."""
+    if layers:
+        device: torch.device = layers[0].running_mean.device
+        return device
+    return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
 
 
 def _pooled(sets: list[Kept], group: Any) -> list[tuple[Tensor, Tensor] | None]:

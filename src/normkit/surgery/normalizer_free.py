@@ -82,7 +82,7 @@ def _replace(trial: nn.Module, roles: Roles) -> dict[str, nn.Module]:
         else:
             learned = name in roles.leaving
             fresh[name] = Scale(roles.alpha if learned else 1.0, learned, activation)
-        device = next((t.device for t in (*old.parameters(), *old.buffers())), None)
+        device = next((t.device for t in (*old.parameters(), *old.buffers(), *trial.parameters())), None)
         fresh[name].to(device).train(old.training)
     for name, module in fresh.items():
         parent, _, own = name.rpartition(".")

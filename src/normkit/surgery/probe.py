@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,7 @@ def run(model: nn.Module, example_inputs: Any, *, training: bool) -> Outcome:
         ValueError: the model does not take the probe batch in this mode.
     """
     args, kwargs = arguments(example_inputs)
-    with restored(model), torch.set_grad_enabled(training):
+    with restored(model), torch.set_grad_enabled(training), whole_products():
         model.train(training)
         try:
             output = model(*args, **kwargs)
@@ -114,6 +114,40 @@ def restored(model: nn.Module) -> Iterator[None]:
                 if held is not None and value is not None:
                     with torch.no_grad():
                         held.copy_(value)
+
+
+@contextlib.contextmanager
+def whole_products() -> Iterator[None]:
+    """float32 is multiplied as float32: on a GPU, convolutions round it to TF32 unless they are told not to, and a
+    weight that was scaled rounds to other values than the one it was."""
+    cuda: Any = torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn
+    matmul, convolutions = _older(torch.get_float32_matmul_precision), _older(lambda: cudnn.allow_tf32)
+    newer = cuda.fp32_precision, cudnn.conv.fp32_precision
+    if matmul is None:
+        cuda.fp32_precision = "ieee"
+    else:
+        torch.set_float32_matmul_precision("highest")
+    if convolutions is None:
+        cudnn.conv.fp32_precision = "ieee"
+    else:
+        cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        if matmul is not None:
+            torch.set_float32_matmul_precision(matmul)
+        if convolutions is not None:
+            cudnn.allow_tf32 = convolutions
+        cuda.fp32_precision, cudnn.conv.fp32_precision = newer
+
+
+def _older(read: Callable[[], Any]) -> Any:
+    """A setting of torch's by its older name; ``None``: the newer ones were used in a way that it cannot tell."""
+    try:
+        return read()
+    except RuntimeError:
+        return None
 
 
 @contextlib.contextmanager

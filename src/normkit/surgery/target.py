@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -84,7 +85,9 @@ def _check_kind(layer: nn.Module) -> None:
         raise Misfit("its forward has been replaced on the object")
 
 
-def build(to: Kind, layer: nn.Module, place: Place, *, learn: bool, dim: int | None = None) -> nn.Module:
+def build(
+    to: Kind, layer: nn.Module, place: Place, *, learn: bool, dim: int | None = None, among: nn.Module | None = None
+) -> nn.Module:
     """The layer of the kind ``to`` for this place, with the weight, bias and options of ``layer``.
 
     Args:
@@ -93,6 +96,7 @@ def build(to: Kind, layer: nn.Module, place: Place, *, learn: bool, dim: int | N
         place: of :func:`place_of`.
         learn: give it a weight and a bias though the old layer has none, because they will be fitted.
         dim: axes of space as they were seen.
+        among: the model, whose device and type the layer has where the old one has no tensor that would tell.
 
     Raises:
         Misfit: it does not fit here.
@@ -103,7 +107,9 @@ def build(to: Kind, layer: nn.Module, place: Place, *, learn: bool, dim: int | N
             raise TypeError(f"convert_: to= returned a {type(fresh).__name__}; it has to return a layer")
     else:
         fresh = _by_name(to, layer, place, learn, place.dim or dim)
-    like = next((t for t in (*layer.parameters(False), *layer.buffers(False)) if t.is_floating_point()), None)
+    around = () if among is None else among.parameters()
+    tensors = itertools.chain(layer.parameters(False), layer.buffers(False), around)
+    like = next((t for t in tensors if t.is_floating_point()), None)
     if like is not None:
         fresh.to(like.device, like.dtype)
     fresh.train(layer.training)

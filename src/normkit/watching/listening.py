@@ -8,6 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from normkit.stepping import takes_its_step
+
 
 class Listener(Protocol):
     """Who is told."""
@@ -32,6 +34,7 @@ class Hooks:
 
     def __init__(self, model: nn.Module, optimizer: Any, listener: Listener, weight: Tensor | None = None) -> None:
         self.model, self.listener = model, listener
+        self._steps = True
         own = torch_optimizer(optimizer)
         self._handles: list[Any] = [
             own.register_step_pre_hook(self._before),
@@ -55,6 +58,9 @@ class Hooks:
 
     def _before(self, optimizer: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         """With a closure, the gradients come with it: it is behind the closure that the update begins."""
+        self._steps = takes_its_step(optimizer)
+        if not self._steps:
+            return None
         closure = kwargs.get("closure", next(iter(args[1:]), None))
         if not callable(closure):
             self.listener.before_update()
@@ -72,7 +78,8 @@ class Hooks:
         return (args[0], then, *args[2:]), kwargs
 
     def _after(self, *_: Any) -> None:
-        self.listener.after_update()
+        if self._steps:
+            self.listener.after_update()
 
     def _outside(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:

@@ -171,8 +171,10 @@ class Watch:
         readings = updates.only_scale_free(packed([*self._pending, *self.wanted.passed(model, moved)], step))
         self._pending, self._weights = [], {}
         readings += self._told(step)
-        with contextlib.suppress(Exception):
+        try:
             readings += of_the_held_batch(model, self.wanted, step)
+        except Exception as error:
+            self._note(f"the held batch could not be measured ({type(error).__name__}: {error})")
         if (nan := self._sentinel.first()) is not None:
             self._on_nan(nan)
         cost = self._now + time.perf_counter() - begin
