@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,9 +12,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import normkit as nk
+from normkit.blocks.recurrent_padding import Ends
 from normkit.kernels import triton
 from normkit.loop import readings
 from normkit.measure.running import runner
+from normkit.strategies import Freeze, attach
 from normkit.surgery import merge, probe
 from normkit.vocabulary.reading import Reading
 
@@ -156,3 +160,26 @@ def test_under_autocast_the_type_of_an_output_does_not_hang_on_its_size(monkeypa
         for norm, told in ((nk.LayerNorm, True), (nk.RMSNorm, True), (nk.GroupNorm, True), (nk.BatchNorm1d, False)):
             call = nk.dispatch.Call(norm.spec, x, None, None, by_torch=lambda: x)
             assert any(words in reason for reason in triton.reluctance(call)) is told, norm
+
+
+def test_lengths_that_are_too_long_are_refused_before_they_go_to_a_device():
+    layer, x = nk.BatchNorm1d(3, device="meta"), torch.empty(2, 3, 5, device="meta")
+    with pytest.raises(ValueError, match="a length is 9"):
+        layer(x, lengths=torch.tensor([9, 2]))
+
+
+def test_who_has_ended_is_told_to_a_device_once_and_not_at_every_step():
+    ends = Ends(torch.empty(6, 3, 2, device="meta"), torch.tensor([6, 2, 1]))
+    assert ends.going(0) is None
+    assert ends.counts.device.type == "meta"
+    assert all(ends.going(step)._base is ends.counts for step in range(1, 6))
+
+
+@pytest.mark.parametrize(("when", "looks"), [("50%", False), ("plateau:5", True)])
+def test_a_loss_that_no_strategy_wants_is_not_looked_at(when, looks):
+    """On a GPU a look waits for the device; on this one there is nothing to see."""
+    model = nn.Sequential(nn.Linear(3, 4), nk.BatchNorm1d(4))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    attached = attach(model, optimizer, Freeze(when), total_steps=10)
+    with attached, pytest.raises(RuntimeError) if looks else contextlib.nullcontext():
+        attached.log(torch.empty((), device="meta"))

@@ -71,10 +71,9 @@ class StepNorm(nn.Module):
             applied = self.by_step()
             done = [applied(own, t, ends.going(t)) for t, own in enumerate(x[: ends.longest].unbind(0))]
             return torch.stack([*done, *x[ends.longest :]])
-        if ends.lengths is None or not self.over_samples:
+        if ends.counts is None or not self.over_samples:
             return self.norm(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-        counts = (torch.arange(len(x))[:, None] < ends.lengths).to(x.device)
-        return self.norm(x.flatten(0, 1), mask=counts.flatten()).unflatten(0, x.shape[:2])
+        return self.norm(x.flatten(0, 1), mask=ends.counts.flatten()).unflatten(0, x.shape[:2])
 
 
 def step_norm(norm: NormName, channels: int, bias: bool, where: dict[str, Any]) -> StepNorm:

@@ -13,13 +13,15 @@ class Ends:
     """Where the sequences of a batch end; ``lengths``: (n,) on the CPU, or ``None``: all after the last step."""
 
     def __init__(self, x: Tensor, lengths: Tensor | None) -> None:
-        self.lengths, self.device = lengths, x.device
+        self.lengths = lengths
+        self.counts = None if lengths is None else (torch.arange(len(x))[:, None] < lengths).to(x.device)
+        """(steps, n) of bool, whether a step counts: all at once, because every copy to a GPU is waited for."""
         self.shortest = len(x) if lengths is None else int(lengths.min())
         self.longest = len(x) if lengths is None else int(lengths.max())
 
     def going(self, step: int) -> Tensor | None:
         """(n,) of bool, who has not ended before a step; ``None``: nobody has."""
-        return None if self.lengths is None or step < self.shortest else (self.lengths > step).to(self.device)
+        return None if self.counts is None or step < self.shortest else self.counts[step]
 
 
 def lengths_of(name: str, lengths: Tensor | Sequence[int] | None, mask: Tensor | None, steps: int) -> Tensor | None:

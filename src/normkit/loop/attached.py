@@ -173,6 +173,8 @@ class Attached:
 
     def log(self, loss: float | Tensor) -> None:
         """Tell of the loss of this step, before ``optimizer.step()``; for a strategy that waits for a plateau."""
+        if not self.readings.of_the_loss:  # a look at it waits for the device
+            return
         self.readings.loss(float(loss.detach() if isinstance(loss, Tensor) else loss), self.moment.step + 1)
 
     def _note(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

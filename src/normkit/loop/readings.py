@@ -34,6 +34,11 @@ class Readings:
         """All that is remembered."""
         return Evidence(self.kept)
 
+    @property
+    def of_the_loss(self) -> bool:
+        """Whether anybody wants to know it."""
+        return _LOSS in self.needs
+
     def loss(self, value: float, step: int) -> None:
         """A loss that the training loop tells of."""
         self._keep([Reading(_LOSS, value, step=step)])

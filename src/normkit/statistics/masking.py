@@ -87,7 +87,7 @@ def _without(shape: torch.Size, axes: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _from_lengths(x: Tensor, lengths: Tensor, axes: tuple[int, ...], what: str) -> Tensor:
-    lengths = torch.as_tensor(lengths, device=x.device)
+    lengths = torch.as_tensor(lengths)
     if lengths.dtype.is_floating_point or lengths.dtype == torch.bool:
         raise TypeError(f"{what}: lengths are numbers of positions; {lengths.dtype} is no integer type")
     if not axes:
@@ -108,8 +108,8 @@ def _from_lengths(x: Tensor, lengths: Tensor, axes: tuple[int, ...], what: str) 
         width = x.shape[axis]
         along = [1] * x.dim()
         along[axis] = width
-        each = table[:, column].reshape(-1, *[1] * (x.dim() - 1))
-        _check_width(table[:, column], width, axis, what)
+        _check_width(table[:, column], width, axis, what)  # before they go to a device, where nobody waits for them
+        each = table[:, column].to(x.device).reshape(-1, *[1] * (x.dim() - 1))
         keep = keep & (torch.arange(width, device=x.device).reshape(along) < each)
     return keep
 
