@@ -230,7 +230,8 @@ class PowerNorm(Norm, nn.Module, spec=SPEC):
     (3, True)
 
     A batch with NaN or infinity leaves ``running_square``, ``nu`` and the counter as they were; so does every batch
-    inside :func:`normkit.statistics_frozen`.
+    inside :func:`normkit.statistics_frozen`. On a GPU every forward pass of training waits for a look at the counter,
+    whether the warm-up is over; under ``torch.compile`` none does.
 
     When not to use it: in the decoder of a translation model, where the authors keep layer norm; where gradients of
     gradients are needed after the warm-up; with few batches, for the running mean starts at 1.
