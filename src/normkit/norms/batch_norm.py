@@ -289,8 +289,8 @@ class BatchNorm2d(_Sized, nn.BatchNorm2d, spec=SPEC, dim=2):
             convolution, norm and activation keeps half as much. For no activation or a leaky ReLU, and without
             ``residual``; the output must not be overwritten before the backward pass; gradients cannot be
             differentiated again. Rounding the output adds |bias / weight| of its last digits to the error of the input:
-            docs/kernels.md has measurements. On a GPU every forward pass waits for a look at the weight. With a mask, or
-            under ``torch.compile``, it is as ``"input"``.
+            docs/kernels.md has measurements. On a GPU every forward pass waits for a look at the weight. With a mask,
+            or under ``torch.compile``, it is as ``"input"``.
 
     Shapes: input, ``residual`` and output (n, c, h, w). ``forward(input, *, residual=None, mask=None, lengths=None,
     step=None)``: the mask (True: keep) or the lengths of padded samples; the step with ``statistics=PerStep(...)``.
