@@ -106,7 +106,7 @@ def precisions():
     matmul, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     yield
     torch.set_float32_matmul_precision(matmul)
-    torch.backends.cudnn.allow_tf32 = convolutions
+    torch._C._set_cudnn_allow_tf32(convolutions)
 
 
 def newer_names() -> None:
@@ -120,9 +120,11 @@ def newer_names() -> None:
     [lambda: None, lambda: torch.set_float32_matmul_precision("medium"), newer_names],
     ids=["default", "medium", "newer names"],
 )
-def test_a_probe_multiplies_float32_as_float32_and_leaves_the_choice_of_others(chosen):
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_probe_multiplies_float32_as_float32_and_leaves_the_choice_of_others(chosen, frozen, monkeypatch):
     """With TF32, what a folded weight rounds to is as far away as the limit allows."""
     chosen()
+    monkeypatch.setattr(torch.backends, "flags_frozen", lambda: frozen)  # as torch.testing's own helpers do
     before = precision()
     with probe.whole_products():
         assert torch.backends.cuda.matmul.fp32_precision == "ieee"

@@ -131,14 +131,14 @@ def whole_products() -> Iterator[None]:
     if convolutions is None:
         cudnn.conv.fp32_precision = "ieee"
     else:
-        cudnn.allow_tf32 = False
+        torch._C._set_cudnn_allow_tf32(False)  # the attribute is closed once torch.testing's own helpers are loaded
     try:
         yield
     finally:
         if matmul is not None:
             torch.set_float32_matmul_precision(matmul)
         if convolutions is not None:
-            cudnn.allow_tf32 = convolutions
+            torch._C._set_cudnn_allow_tf32(convolutions)
         cuda.fp32_precision, cudnn.conv.fp32_precision = newer
 
 
