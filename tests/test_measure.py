@@ -554,3 +554,14 @@ def test_every_quantity_says_what_it_is():
         assert name == quantity.name
         assert quantity.formula
         assert quantity.paper == "" or "arXiv:" in quantity.paper
+
+
+def test_numbers_are_fetched_together(monkeypatch):
+    """One transfer per device; in float64, whatever they were."""
+    looks = []
+    own = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda t: looks.append(t.shape) or own(t))
+    tensors = [torch.tensor(3), torch.tensor([0.5]), torch.tensor(1e-300, dtype=torch.float64)]
+    assert collect.fetched(tensors) == [3.0, 0.5, 1e-300]
+    assert looks == [(3,)]
+    assert collect.fetched([]) == []

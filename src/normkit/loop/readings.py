@@ -86,11 +86,15 @@ def noise(before: list[Tensor], model: nn.Module) -> float:
     little in between. Infinite where the two are no more alike than chance. The noise scale of McCandlish et al. 2018,
     arXiv:1812.06162, in units of the batch.
     """
+    from normkit.measure.collect import fetched
+
     now = [p.grad for p in model.parameters() if p.grad is not None]
     if len(now) != len(before):
         return float("inf")
-    square = sum(float((a - b).double().square().sum()) for a, b in zip(before, now, strict=True)) / 2
-    mean = sum(float((a.double() * b.double()).sum()) for a, b in zip(before, now, strict=True))
+    apart = [(a - b).double().square().sum() for a, b in zip(before, now, strict=True)]
+    alike = [(a.double() * b.double()).sum() for a, b in zip(before, now, strict=True)]
+    numbers = fetched([*apart, *alike])
+    square, mean = sum(numbers[: len(apart)]) / 2, sum(numbers[len(apart) :])
     return square / mean if mean > 0 else float("inf")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -87,18 +87,24 @@ class Collection:
 
 
 def packed(pending: Iterable[tuple[str, str, Tensor]], step: int | None = None) -> list[Reading]:
-    """Readings of all that is pending: one buffer and one transfer per device, however many layers there are."""
+    """Readings of all that is pending."""
     pending = list(pending)
-    values: dict[int, float] = {}
-    for device in {value.device for _, _, value in pending}:
-        places = [place for place, (_, _, value) in enumerate(pending) if value.device == device]
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        buffer = torch.stack([pending[place][2].detach().to(dtype) for place in places])
-        values.update(zip(places, buffer.tolist(), strict=True))
+    values = fetched([value for _, _, value in pending])
     return [
-        Reading(quantity, values[place], module, step, QUANTITIES[quantity].unit)
-        for place, (quantity, module, _) in enumerate(pending)
+        Reading(quantity, value, module, step, QUANTITIES[quantity].unit)
+        for (quantity, module, _), value in zip(pending, values, strict=True)
     ]
+
+
+def fetched(tensors: Sequence[Tensor]) -> list[float]:
+    """What is in tensors of one element: one buffer and one transfer per device, however many they are."""
+    values: dict[int, float] = {}
+    for device in {tensor.device for tensor in tensors}:
+        places = [place for place, tensor in enumerate(tensors) if tensor.device == device]
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        buffer = torch.stack([tensors[place].detach().to(dtype).reshape(()) for place in places])
+        values.update(zip(places, buffer.tolist(), strict=True))
+    return [values[place] for place in range(len(tensors))]
 
 
 def measure(

@@ -19,7 +19,7 @@ import normkit
 from normkit.diagnosis import TAKES, Diagnosis, Subject
 from normkit.integrations.trackers import PREFIX, Trackers
 from normkit.measure import updates
-from normkit.measure.collect import Pending, packed
+from normkit.measure.collect import Pending, fetched, packed
 from normkit.measure.neighbours import read_neighbours
 from normkit.measure.structure import norms_in, read_structure
 from normkit.measure.untouched import original
@@ -73,7 +73,7 @@ class Watch:
         self._passes, self._backward, self._busy, self._closed = 0, 0, False, False
         self._pending: Pending = []
         self._weights: dict[str, Tensor] = {}
-        self._logged: list[tuple[int, str, Any]] = []
+        self._logged: list[tuple[int, str, Tensor]] = []
         self._now, self._ended, self._publishing = (
             0.0,
             0.0,
@@ -193,7 +193,10 @@ class Watch:
         """What needs no measuring."""
         rates = [group["lr"] for group in torch_optimizer(self.optimizer).param_groups]
         logged, self._logged = self._logged, []
-        readings = [Reading(name, float(value), "", at, unit_of(name)) for at, name, value in logged]
+        values = fetched([value for _, _, value in logged])
+        readings = [
+            Reading(name, value, "", at, unit_of(name)) for (at, name, _), value in zip(logged, values, strict=True)
+        ]
         readings.append(Reading("learning_rate", float(rates[0]), "", step))
         for quantity, passes in ((FORWARD_PASSES, self._passes), (BACKWARD_PASSES, self._backward)):
             if passes:  # none: they are in compiled code, where nobody counts them
@@ -250,7 +253,8 @@ class Watch:
     def log(self, **values: Any) -> None:
         """Put numbers of the loop beside what is read: ``watched.log(loss=loss)``. A tensor is not waited for."""
         for name, value in values.items():
-            kept = value.detach().clone().reshape(()) if isinstance(value, Tensor) else float(value)
+            own = isinstance(value, Tensor)
+            kept = value.detach().clone().reshape(()) if own else torch.tensor(float(value), dtype=torch.float64)
             self._logged.append((self.steps, name, kept))
         if len(self._logged) > LOGGED:
             del self._logged[1::2]
