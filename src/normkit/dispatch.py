@@ -184,7 +184,7 @@ def _torch_at_once(
     """
     if torch.compiler.is_compiling():
         if not x.is_cpu:
-            return True
+            return True  # the Triton kernels are reluctant there
         return loading.module is None or native.compiler_is_faster(x, activation, batch_statistics)
     first = next(iter(BACKENDS.values()))
     if first is not NATIVE:

@@ -65,8 +65,8 @@ class ProgressiveRepBatchNorm(nn.Module):
     """``y = share * layer_norm(x) + (1 - share) * rep(x)``: from layer norm to :class:`RepBatchNorm` while training.
 
     ``share`` is 1 for the first ``warmup`` batches, then falls by ``1 / steps`` with each batch, to 0. Evaluation has
-    the share that training has reached. At 0 the layer norm is not computed any more (on a GPU
-    it is, because a look at the share would wait for it), and :func:`settle_` takes it out of the model, so that
+    the share that training has reached. At 0 the layer norm is not computed any more (on a
+    GPU it is, because a look at the share would wait for it), and :func:`settle_` takes it out of the model, so that
     :func:`normkit.fold` can fold the rest.
 
     Args:
