@@ -34,11 +34,11 @@ LEAST = {"batch": 2**25, "groups": 2**23, "rows": 2**25}
 """Elements from which the kernels are taken unasked.
 
 From the record of ``PROVEN`` (H200; tables in bench/gpu/README.md). The time of the device alone is less than torch's
-from 2^20 on, of rows from 2^22. A call from Python costs 0.1 to 0.4 milliseconds more than torch's, and from here on a
-loop of nothing but the norm is no slower for it, but for one row (group norm of 32x256x56x56, 0.94; the limit of groups
-is lower because torch's leaves more to save). The same while a CUDA graph is captured, where calls cost nothing: a kernel
-that no call before has compiled cannot be loaded there. Never inside ``torch.compile``: there a call costs as much, and
-one of what is compiled of torch's operators next to nothing."""
+from 2^20 on, of rows from 2^22. A call from Python costs 0.1 to 0.4 milliseconds more than torch's, and from here on
+a loop of nothing but the norm is no slower for it, but for one row (group norm of 32x256x56x56, 0.94). Groups have a
+lower limit because torch's group norm leaves more to save. The same while a CUDA graph is captured, where calls cost
+nothing: a kernel that no call before has compiled cannot be loaded there. Never inside ``torch.compile``: there a
+call costs as much, and one of what is compiled of torch's operators next to nothing."""
 SPILLING = range(8193, 16385)
 """Features of a layer norm whose backward pass does not fit into the registers of a GPU, by the same record."""
 OLDEST = (8, 0)
