@@ -22,6 +22,7 @@ from normkit import epilogue, masked, reference
 from normkit.call import Call
 from normkit.kernels import loading, native, output_saved, triton
 from normkit.kernels import phases as halves
+from normkit.kernels.proposal import Proposal
 from normkit.vocabulary.spec import Spec
 
 
@@ -153,6 +154,21 @@ def settle(*statistics: Any) -> bool:
     """Move running statistics if all that is proposed is finite, by a kernel: a dozen of torch's operators take longer
     than the rest of a small forward pass. False: no kernel has, and nothing has moved."""
     return native.settle(*statistics) or triton.settle(*statistics)
+
+
+def proposal(mean: Tensor, var: Tensor, tracked: Tensor | None, skipped: Tensor | None) -> Proposal | None:
+    """Copies of running statistics which compiled code makes and lets in; ``None``: not a case for it."""
+    return Proposal(mean, var, tracked, skipped) if native.can_settle(mean, var, tracked, skipped) else None
+
+
+def straight(spec: Spec, x: Tensor, activation: epilogue.Activation, followed: bool, backend: str | None) -> bool:
+    """Whether torch's operators run for sure, and nobody records, compiles or transforms them."""
+    name = backend or _active
+    return (
+        (name == "torch" or (name == "auto" and _torch_at_once(spec, x, activation, followed)))
+        and _recording is None
+        and not native._is_watched()
+    )
 
 
 def may_be_read(number: Tensor) -> bool:

@@ -155,6 +155,13 @@ template <class N> bool settled(N* mean, N* var, const N* new_mean, const N* new
     return true;
 }
 
+// Copies the running statistics to where torch's operator moves them.
+void propose(bool wide, uintptr_t mean, uintptr_t var, uintptr_t new_mean, uintptr_t new_var, int64_t n) {
+    const size_t bytes = (wide ? sizeof(double) : sizeof(float)) * static_cast<size_t>(n);
+    std::memcpy(pointer<void>(new_mean), pointer<void>(mean), bytes);
+    std::memcpy(pointer<void>(new_var), pointer<void>(var), bytes);
+}
+
 // Running statistics move to what is proposed if all of it is finite, and one of the counters goes up by one.
 void settle(bool wide, uintptr_t mean, uintptr_t var, uintptr_t new_mean, uintptr_t new_var, int64_t n,
             uintptr_t tracked, uintptr_t skipped) {
@@ -177,6 +184,7 @@ NB_MODULE(_native, m) {
         .def("moments", &Kernel::moments)
         .def("normalise", &Kernel::normalise)
         .def("backward", &Kernel::backward);
+    m.def("propose", &propose);
     m.def("settle", &settle);
     m.def("lstm_forward", &lstm_forwards);
     m.def("lstm_backward", &lstm_backwards);

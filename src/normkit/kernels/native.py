@@ -140,6 +140,21 @@ def _is_watched() -> bool:
     )
 
 
+def can_settle(mean: Tensor, var: Tensor, tracked: Tensor | None, skipped: Tensor | None) -> bool:
+    """Whether these running statistics are such as compiled code moves."""
+    return (
+        loading.module is not None
+        and type(mean) is Tensor
+        and mean.is_cpu
+        and mean.dtype == var.dtype
+        and var.dtype in (torch.float32, torch.float64)
+        and mean.is_contiguous()
+        and var.is_contiguous()
+        and _counts(tracked)
+        and _counts(skipped)
+    )
+
+
 def settle(
     mean: Tensor, var: Tensor, new_mean: Tensor, new_var: Tensor, tracked: Tensor | None, skipped: Tensor | None
 ) -> bool:
@@ -149,13 +164,8 @@ def settle(
     """
     dtype = var.dtype
     if (
-        loading.module is None
-        or type(mean) is not Tensor
-        or not mean.is_cpu
-        or dtype not in (torch.float32, torch.float64)
-        or not (mean.dtype == new_mean.dtype == new_var.dtype == dtype)
-        or not (mean.is_contiguous() and var.is_contiguous())
-        or not (_counts(tracked) and _counts(skipped))
+        not (new_mean.dtype == new_var.dtype == dtype)
+        or not can_settle(mean, var, tracked, skipped)
         or torch.compiler.is_compiling()
         or _is_watched()
     ):

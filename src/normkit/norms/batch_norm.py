@@ -16,6 +16,7 @@ from normkit.statistics.buffers import Kept, LazyFeatures, RunningStatistics, as
 from normkit.statistics.masking import blanked
 from normkit.statistics.naming import named
 from normkit.statistics.policy import PREFIX, Policy, begin
+from normkit.statistics.straight import straight
 from normkit.statistics.synchronized import Synchronized
 from normkit.vocabulary.spec import Spec
 
@@ -131,12 +132,16 @@ class _BatchNorm(Norm, RunningStatistics):
         plain = policy is PLAIN or policy == PLAIN  # a copy of a layer has a copy of its policy
         if not plain or mask is not None or lengths is not None or step is not None:
             return self._by_policy(input, residual, mask, lengths, step)
+        learning = self.training and not self.frozen
+        if learning and self.save == "input" and not torch.compiler.is_compiling():
+            y = straight(self, input, residual)
+            if y is not None:
+                return y
         details: dict[str, Any] = {"activation": self.activation, "backend": self.backend}
         if residual is not None:
             details["residual"] = residual
         if self.save == "output":
             details["save_output"] = True
-        learning = self.training and not self.frozen
         if learning and (kept := self.kept()) is not None:
             return train(SPEC, input, kept, self.weight, self.bias, self.eps, **details)
         mean, var = (None, None) if learning else (self.running_mean, self.running_var)

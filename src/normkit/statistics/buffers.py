@@ -329,6 +329,8 @@ class Hold:
         """What waits for the optimizer, while :func:`normkit.accumulate_statistics` is on."""
         self.reference = 0
         """How many samples at the head of every batch are :func:`normkit.reference_batch`'s."""
+        self.proposal: dispatch.Proposal | None = None
+        """Copies of the running statistics, for calls that go straight to torch's operator."""
 
     def __deepcopy__(self, memo: dict) -> Hold:
         return Hold()

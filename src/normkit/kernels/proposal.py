@@ -1,0 +1,62 @@
+"""The running statistics of one layer on the CPU, copied and moved by compiled code: what is left of a call's own cost.
+
+In the same memory every time. Fresh copies would lie between the outputs of layers, and with them glibc gives a
+megabyte back to the system and asks for it again with every call: three times what the copies cost.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from normkit.kernels import loading
+
+
+class Proposal:
+    """A copy of mean and variance, which torch's operator moves, and which enters them if it is finite."""
+
+    __slots__ = ("mean", "new_mean", "new_var", "skipped", "tracked", "var", "wide")
+
+    def __init__(self, mean: Tensor, var: Tensor, tracked: Tensor | None, skipped: Tensor | None) -> None:
+        self.mean, self.var, self.tracked, self.skipped = mean, var, tracked, skipped
+        with torch.inference_mode(False):  # a layer may be called there first, and trained afterwards
+            self.new_mean, self.new_var = torch.empty_like(mean), torch.empty_like(var)
+        self.wide = var.dtype == torch.float64
+
+    def is_of(self, mean: Tensor, var: Tensor, tracked: Tensor | None, skipped: Tensor | None) -> bool:
+        """Whether it was made for these, as they are: ``.data =`` and ``resize_`` change what stays the same tensor."""
+        return (
+            mean is self.mean
+            and var is self.var
+            and tracked is self.tracked
+            and skipped is self.skipped
+            and mean.is_cpu
+            and mean.numel() == var.numel() == self.new_var.numel()
+        )
+
+    def begin(self) -> tuple[Tensor, Tensor]:
+        """The copies, as the running statistics are now.
+
+        Nothing tells autograd of the change: an earlier forward pass has saved the same tensors, as that of torch's
+        layer saves the running statistics themselves, and no backward pass in training reads them.
+        """
+        mean, var, new_mean, new_var = self.mean, self.var, self.new_mean, self.new_var
+        # addresses are asked for every time: share_memory() and .data move what stays the same tensor
+        loading.module.propose(
+            self.wide, mean.data_ptr(), var.data_ptr(), new_mean.data_ptr(), new_var.data_ptr(), var.numel()
+        )
+        return new_mean, new_var
+
+    def settle(self) -> None:
+        """Let the copies in if every variance is finite, and count the batch."""
+        mean, var, tracked, skipped = self.mean, self.var, self.tracked, self.skipped
+        loading.module.settle(
+            self.wide,
+            mean.data_ptr(),
+            var.data_ptr(),
+            self.new_mean.data_ptr(),
+            self.new_var.data_ptr(),
+            var.numel(),
+            0 if tracked is None else tracked.data_ptr(),
+            0 if skipped is None else skipped.data_ptr(),
+        )

@@ -1,0 +1,259 @@
+"""Plain batch norm that goes straight to torch's operator does what the long way does, and leaves the rest to it."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import normkit as nk
+from normkit.kernels import loading
+from normkit.norms import batch_norm
+from normkit.statistics.batch import PLAIN
+
+compiled = pytest.mark.skipif(loading.module is None, reason="without compiled code no call goes straight")
+STATE = ("running_mean", "running_var", "num_batches_tracked", "num_batches_skipped")
+
+
+def layer(**options: object) -> nk.BatchNorm2d:
+    torch.manual_seed(0)
+    made = nk.BatchNorm2d(6, backend="torch", **options)
+    with torch.no_grad():
+        made.weight.normal_()
+        made.bias.normal_()
+    return made
+
+
+def batch(*shape: int, scale: float = 3.0) -> Tensor:
+    return (torch.randn(*(shape or (5, 6, 3, 4))) * scale + 1).requires_grad_()
+
+
+@pytest.fixture
+def ways(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[bool]]:
+    """For each training call of a layer since, whether it went straight."""
+    seen: list[bool] = []
+    real = batch_norm.straight
+
+    def counted(*arguments: object) -> Tensor | None:
+        y = real(*arguments)
+        seen.append(y is not None)
+        return y
+
+    monkeypatch.setattr(batch_norm, "straight", counted)
+    return lambda: seen
+
+
+def long_way(norm: nn.Module, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+    """A copy whose calls never go straight."""
+    twin = copy.deepcopy(norm)
+    monkeypatch.setattr(batch_norm, "straight", lambda norm, *rest: None if norm is twin else straight(norm, *rest))
+    return twin
+
+
+straight = batch_norm.straight
+
+
+@compiled
+@pytest.mark.parametrize("shape", [(5, 6, 3, 4), (1, 6, 3, 4), (7, 6, 1, 1), (4, 6, 5, 1)], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+@pytest.mark.parametrize("residual", [False, True])
+def test_output_gradients_and_statistics_are_bit_for_bit_those_of_the_long_way(
+    shape, channels_last, activation, residual, monkeypatch
+):
+    norm = layer(activation=activation)
+    twin = long_way(norm, monkeypatch)
+    found = []
+    for each in (norm, twin):
+        torch.manual_seed(1)
+        x, added = batch(*shape), batch(*shape) if residual else None
+        form = torch.channels_last if channels_last else torch.contiguous_format
+        for _ in range(3):
+            y = each(x.contiguous(memory_format=form), residual=added)
+            y.backward(torch.randn_like(y))
+        gradients = [t.grad for t in (x, added, *each.parameters()) if t is not None]
+        found.append([y, *gradients, *(getattr(each, name) for name in STATE)])
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)
+        assert ours.stride() == theirs.stride()
+    assert norm.num_batches_tracked == 3
+
+
+@compiled
+def test_it_goes_straight_where_torchs_operator_runs_anyway(ways):
+    for made in (layer(), layer(activation="relu"), copy.deepcopy(layer()), pickle.loads(pickle.dumps(layer()))):
+        made(batch())
+    nk.BatchNorm2d(6)(batch())  # small: nobody asked for torch, and it is faster
+    with nk.backend("torch"):
+        nk.BatchNorm2d(6)(batch(64, 6, 32, 32))
+    assert ways() == [True] * 6
+    assert pickle.loads(pickle.dumps(PLAIN)) is PLAIN
+
+
+def held(norm: nk.BatchNorm2d, x: Tensor) -> None:
+    with nk.statistics_frozen(norm):
+        norm(x)
+
+
+def forward_mode(norm: nk.BatchNorm2d, x: Tensor) -> None:
+    with torch.autograd.forward_ad.dual_level():
+        norm(torch.autograd.forward_ad.make_dual(x.detach(), torch.ones_like(x)))
+
+
+def functorch(norm: nk.BatchNorm2d, x: Tensor) -> None:
+    buffers = {name: buffer.clone() for name, buffer in norm.named_buffers()}
+    torch.func.grad(lambda x, buffers: torch.func.functional_call(norm, buffers, (x,)).sum())(x.detach(), buffers)
+
+
+def checkpointed(norm: nk.BatchNorm2d, x: Tensor) -> None:
+    torch.utils.checkpoint.checkpoint(norm, x, use_reentrant=False).sum().backward()
+
+
+ELSEWHERE: dict[str, tuple[dict, Callable[[nk.BatchNorm2d, Tensor], object], list[bool]]] = {
+    "kernels": ({"backend": "native"}, lambda norm, x: norm(x), [False]),
+    "reference": ({"backend": "reference"}, lambda norm, x: norm(x), [False]),
+    "average of all": ({"momentum": None}, lambda norm, x: norm(x), [False]),
+    "no statistics": ({"track_running_stats": False}, lambda norm, x: norm(x), [False]),
+    "half": ({}, lambda norm, x: norm.bfloat16()(x.bfloat16()), [False]),  # the weight is cast for the call
+    "another policy": ({"statistics": nk.statistics.Ghost(2)}, lambda norm, x: norm(x), []),
+    "evaluation": ({}, lambda norm, x: norm.eval()(x), []),
+    "frozen": ({}, lambda norm, x: nk.freeze_(norm) and norm(x), []),
+    "mask": ({}, lambda norm, x: norm(x, mask=torch.ones(5, 3, 4, dtype=torch.bool)), []),
+    "held": ({}, held, [False]),
+    "forward mode": ({}, forward_mode, [False]),
+    "functorch": ({}, functorch, [False]),
+    "checkpoint": ({}, checkpointed, [True, False]),  # the second forward pass moves nothing
+}
+
+
+@compiled
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, in forward mode
+@pytest.mark.parametrize("why", ELSEWHERE)
+def test_all_else_goes_the_long_way(why, ways):
+    options, call, expected = ELSEWHERE[why]
+    call(nk.BatchNorm2d(6, **{"backend": "torch", **options}), batch())
+    assert ways() == expected
+
+
+@compiled
+def test_a_checkpoint_around_it_counts_the_batch_once_and_has_the_same_gradient():
+    norm, plain, x = layer(activation="relu"), layer(activation="relu"), batch()
+    y = torch.utils.checkpoint.checkpoint(norm, x, use_reentrant=False)
+    y.square().sum().backward()
+    there, x.grad = x.grad, None
+    plain(x).square().sum().backward()
+    assert torch.equal(there, x.grad)
+    assert norm.num_batches_tracked == 1
+    assert torch.equal(norm.running_mean, plain.running_mean)
+
+
+@compiled
+def test_two_forward_passes_before_the_backward_passes():
+    """The copies of the first call are written over by the second."""
+    norm, alone = layer(), [layer(), layer()]
+    inputs = [batch(), batch(scale=0.1)]
+    outputs = [norm(x) for x in inputs]
+    for y in outputs:
+        y.square().sum().backward()
+    shared = [x.grad.clone() for x in inputs]
+    for x, each, expected in zip(inputs, alone, shared, strict=True):
+        x.grad = None
+        each(x).square().sum().backward()
+        assert torch.equal(x.grad, expected)
+    assert norm.num_batches_tracked == 2
+
+
+@compiled
+def test_second_derivatives():
+    norm = nk.BatchNorm2d(2, backend="torch", dtype=torch.float64)
+    x = torch.randn(3, 2, 2, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(norm, (x,))
+
+
+@compiled
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_moves_nothing_and_is_counted(value, ways):
+    norm, before = layer(), copy.deepcopy(layer().state_dict())
+    x = batch().detach()
+    x[0, 0, 0, 0] = value
+    norm(x)
+    assert ways() == [True]
+    assert norm.num_batches_skipped == 1
+    for name, number in norm.state_dict().items():
+        assert torch.equal(number, before[name]), name
+
+
+@compiled
+def test_called_first_under_inference_mode_then_trained(ways):
+    norm = layer()
+    with torch.inference_mode():
+        norm(batch().detach())
+    norm(batch()).sum().backward()
+    assert ways() == [True, True]
+    assert norm.num_batches_tracked == 2
+
+
+def to_double(norm: nk.BatchNorm2d) -> None:
+    norm.double()
+
+
+def put_elsewhere(norm: nk.BatchNorm2d) -> None:
+    norm.share_memory()
+
+
+def replace_data(norm: nk.BatchNorm2d) -> None:
+    norm.running_mean.data = torch.zeros(6)
+    norm.running_var.data = torch.ones(6)
+
+
+def replace_buffers(norm: nk.BatchNorm2d) -> None:
+    norm.running_mean, norm.running_var = torch.zeros(6), torch.ones(6)
+
+
+def load(norm: nk.BatchNorm2d) -> None:
+    norm.load_state_dict(layer().state_dict(), assign=True)
+
+
+@compiled
+@pytest.mark.parametrize("change", [to_double, put_elsewhere, replace_data, replace_buffers, load])
+def test_it_moves_the_running_statistics_that_the_layer_has_now(change, ways):
+    norm = layer()
+    x = batch()
+    norm(x)
+    change(norm)
+    x = x.to(norm.running_mean.dtype)
+    expected = nn.BatchNorm2d(6).to(x.dtype)
+    expected.load_state_dict(norm.state_dict())
+    norm(x)
+    expected(x)
+    assert ways() == [True, True]
+    torch.testing.assert_close(norm.running_mean, expected.running_mean, rtol=0, atol=0)
+    torch.testing.assert_close(norm.running_var, expected.running_var, rtol=0, atol=0)
+
+
+@compiled
+@pytest.mark.parametrize(
+    ("shape", "error", "says"),
+    [
+        ((5, 7, 3, 4), RuntimeError, "made for 6 channels, the input has 7"),
+        ((1, 6, 1, 1), ValueError, "Expected more than 1 value per channel"),
+    ],
+)
+def test_errors_are_those_of_the_long_way(shape, error, says):
+    norm = layer()
+    with pytest.raises(error, match=says):
+        norm(batch(*shape))
+    assert norm.num_batches_tracked == 0
+
+
+@compiled
+def test_a_residual_that_does_not_fit_is_refused_before_anything_moves():
+    norm = layer()
+    with pytest.raises(ValueError, match="the residual has the shape"):
+        norm(batch(), residual=batch(1, 6, 1, 1))
+    assert norm.num_batches_tracked == 0
+    assert torch.equal(norm.running_mean, torch.zeros(6))
