@@ -17,12 +17,15 @@ from normkit.kernels.plan import Plan, alike, plan_for
 if TYPE_CHECKING:
     from normkit.call import Call
 
-BATCH, LAYER, GROUP, OVER_CHANNELS = "[n] c [s...]", "n... [c...]", "n (g [c]) [s...]", "n [c] s..."
-SMALL = {BATCH: 2**14, LAYER: 2**20, GROUP: 2**21}
+BATCH, LAYER, GROUP, INSTANCE = "[n] c [s...]", "n... [c...]", "n (g [c]) [s...]", "n c [s...]"
+OVER_CHANNELS = "n [c] s..."
+SMALL = {BATCH: 5 * 2**15, LAYER: 2**20, GROUP: 2**21, INSTANCE: 2**16}
 """Elements up to which torch's one operator for a pattern is faster than a kernel, where nothing follows it. Torch has
-none for RMS norm, and several for instance norm: there a kernel is faster at any size."""
-SMALL_FUSED = 2**12
+none for RMS norm: there a kernel is faster at any size."""
+SMALL_FUSED = {BATCH: 2**17, LAYER: 2**12, GROUP: 2**12, INSTANCE: 2**14}
 """The same where a residual or an activation follows, for which torch needs further operators."""
+BATCH_FORWARD, BATCH_FORWARD_FUSED = 2**22, 2**18
+"""The same for batch norm without a backward pass, where most is won: torch's has one pass over memory to make."""
 NARROW = 256
 """Rows of fewer values, and maps of group norm of up to a quarter as many, have more to begin and to end than to do."""
 COMPILED, COMPILED_RELU = 2**21, 2**14
@@ -80,31 +83,55 @@ def _reasons_against_compiling(call: Call) -> list[str]:
 
 
 def torch_is_faster(over: str | None, center: bool, x: Tensor, activation: Any, fused: bool) -> bool:
-    """Whether torch's operators do the same in less time: limits found on one machine with AVX2 and two cores."""
-    if over == OVER_CHANNELS and center and not fused:
-        return _is_channels_last(x)  # layer norm over channels as they lie
-    if not center or over not in SMALL:
-        return False
+    """Whether torch's operators do the same in less time: limits found on machines with AVX2 and AVX-512, two cores."""
+    rule = _RULES.get(over or "")
+    return center and rule is not None and rule(x, fused, fused and fusible(activation)[0] == "gelu")
+
+
+def _batch(x: Tensor, fused: bool, gelu: bool) -> bool:
+    if torch.is_grad_enabled():
+        return gelu or x.numel() < (SMALL_FUSED if fused else SMALL)[BATCH]
+    return gelu or x.numel() < (BATCH_FORWARD_FUSED if fused else BATCH_FORWARD)
+
+
+def _layer(x: Tensor, fused: bool, gelu: bool) -> bool:
     wide = x.element_size() >= 4
     if fused:
-        narrow = over == LAYER and wide and x.shape[-1] < NARROW
-        return x.numel() < SMALL_FUSED or narrow or _has_small_maps(over, x) or fusible(activation)[0] == "gelu"
-    if over == BATCH:
-        return x.numel() < SMALL[BATCH]
-    if over == GROUP:
-        channels_last = not x.is_contiguous()
-        return x.numel() < SMALL[GROUP] // (2 if channels_last else 1) or not (wide or channels_last)
+        return gelu or x.numel() < SMALL_FUSED[LAYER] or (wide and x.shape[-1] < NARROW)
     least = SMALL[LAYER] if wide else SMALL[LAYER] // 4
     forward_only = wide and not torch.is_grad_enabled()  # the backward pass is where most is won
     return x.shape[-1] < (2 * NARROW if wide else NARROW) or x.numel() < (4 * least if forward_only else least)
 
 
-def _has_small_maps(over: str, x: Tensor) -> bool:
-    return over == GROUP and 1 < x.shape[2:].numel() <= NARROW // 4 and x.is_contiguous()
+def _group(x: Tensor, fused: bool, gelu: bool) -> bool:
+    if fused:
+        small_maps = 1 < x.shape[2:].numel() <= NARROW // 4 and x.is_contiguous()
+        return gelu or x.numel() < SMALL_FUSED[GROUP] or small_maps
+    channels_last = not x.is_contiguous()
+    return x.numel() < SMALL[GROUP] // (2 if channels_last else 1) or not (x.element_size() >= 4 or channels_last)
 
 
-def _is_channels_last(x: Tensor) -> bool:
-    return x.dim() > 2 and not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
+def _instance(x: Tensor, fused: bool, gelu: bool) -> bool:
+    if x.element_size() < 4 or not x.is_contiguous():  # torch's operators lay channels-last out anew
+        return False
+    values = x.shape[2:].numel()
+    if fused:
+        return x.numel() < SMALL_FUSED[INSTANCE] or (values <= NARROW // 4 and x.numel() < 4 * SMALL[INSTANCE])
+    return x.numel() < SMALL[INSTANCE] or values < NARROW
+
+
+def _over_channels(x: Tensor, fused: bool, gelu: bool) -> bool:
+    return not fused and x.dim() > 2 and not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
+
+
+_RULES: dict[str, Callable[[Tensor, bool, bool], bool]] = {
+    BATCH: _batch,
+    LAYER: _layer,
+    GROUP: _group,
+    INSTANCE: _instance,
+    OVER_CHANNELS: _over_channels,
+}
+"""For each pattern that torch has an operator for, whether this is faster: input, something follows, that is a GELU."""
 
 
 def compiler_is_faster(x: Tensor, activation: Any, batch_statistics: bool) -> bool:
