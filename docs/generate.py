@@ -66,7 +66,7 @@ RECURRENT = {
     "digits-sequence": "normkit compare digits-sequence --thorough",
     "digits-sequence-pixels": (
         "normkit compare digits-sequence --set unit=pixels "
-        "--arms 'none, batch+scale:0.1, batch+scale:1, batch+where:input, layer' --seeds 5 --search-seeds 1"
+        "--arms 'none, batch+scale:0.1, batch+scale:1, batch+where:input, layer' --thorough"
     ),
     "digits-sequence-permuted": "normkit compare digits-sequence --set permuted=true --thorough",
 }

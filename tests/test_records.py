@@ -16,15 +16,14 @@ RECORDS = sorted((ROOT / "records" / "compare").glob("*"))
 SWEEPS = ("small-batches", "cut-batches")
 """Over the batch size, with a budget that their page states."""
 STRATEGIES = ("strategies", "strategies-text", "strategies-deep")
-SMALL_BUDGET = (
-    *(*STRATEGIES, "deep-residual"),
-    *("digits-sequence-pixels", "variants", "data-size"),
-)
+SMALL_BUDGET = (*STRATEGIES, "deep-residual", "variants", "data-size")
 """With a budget that their page states; every other record is a thorough comparison."""
 ADVERSARIAL = ("gan-ring",)
 """With ten seeds at least; the task has an option, so that its name is not the record's."""
 ASKED = {
     "digits-sequence-permuted": "digits-sequence --set permuted=true",
+    "digits-sequence-pixels": "digits-sequence --set unit=pixels "
+    "--arms 'none, batch+scale:0.1, batch+scale:1, batch+where:input, layer'",
     "text": "text --arms 'layer, layer+qk:rms, layer+qk:layer, rms, rms+qk:rms, batch, batch+qk:rms, batch+ffn:batch, "
     "power:10%, rep, progressive:50%:10%, layer+placement:after, batch+placement:after, none, none+qk:rms'",
     "digits-vit": "digits-vit --arms 'layer, layer+qk:rms, rms, batch, batch+qk:rms, batch+ffn:batch, power:10%, rep, "
