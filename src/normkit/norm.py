@@ -43,6 +43,27 @@ class Norm(nn.Module):
                 return traced_as_leaf(self, value.tracer, args, kwargs)
         return super().__call__(*args, **kwargs)
 
+    def _straight(
+        self, x: Tensor, residual: Tensor | None, operator: Callable[..., Tensor], *arguments: Any
+    ) -> Tensor | None:
+        """``operator(*arguments)`` of torch and what follows it, where it would run anyway and nobody looks on.
+
+        In the time of torch's own layer. ``None``: the long way decides, and tells errors in context.
+        """
+        if torch.compiler.is_compiling() or not isinstance(x, Tensor):
+            return None
+        activation = self.activation
+        followed = residual is not None or activation is not None
+        if not dispatch.straight(self.spec, x, activation, followed, self.backend):
+            return None
+        if residual is not None and residual.shape != x.shape:
+            return None
+        try:
+            y = operator(*arguments)
+        except (RuntimeError, ValueError, TypeError):
+            return None
+        return epilogue.apply(y, residual, activation, fresh=True) if followed else y
+
     def _set_options(self, activation: epilogue.Activation | type[nn.Module], backend: str | None) -> None:
         """The keyword-only options that every layer has."""
         self.activation = epilogue.activation_module(activation)

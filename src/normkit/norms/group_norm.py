@@ -83,7 +83,7 @@ def group_norm(
         x,
         weight,
         bias,
-        by_torch=lambda: like(F.group_norm(x, num_groups, weight, bias, eps), x),
+        by_torch=lambda: _by_torch(x, num_groups, weight, bias, eps),
         eps=eps,
         groups=num_groups,
         residual=residual,
@@ -161,18 +161,20 @@ class GroupNorm(Norm, nn.GroupNorm, spec=SPEC):
 
         ``mask`` or ``lengths`` say what is padding: see :func:`normkit.functional.group_norm`.
         """
-        y = group_norm(
-            input,
-            self.num_groups,
-            self.weight,
-            self.bias,
-            self.eps,
-            activation=self.activation,
-            residual=residual,
-            mask=mask,
-            lengths=lengths,
-            backend=self.backend,
-        )
+        y, affine = None, (self.weight, self.bias, self.eps)
+        if mask is None and lengths is None:
+            y = self._straight(input, residual, _by_torch, input, self.num_groups, *affine)
+        if y is None:
+            y = group_norm(
+                input,
+                self.num_groups,
+                *affine,
+                activation=self.activation,
+                residual=residual,
+                mask=mask,
+                lengths=lengths,
+                backend=self.backend,
+            )
         if self._watchful and not torch.compiler.is_compiling():
             self._warn_of_single_values(input)
         return y
@@ -186,6 +188,10 @@ class GroupNorm(Norm, nn.GroupNorm, spec=SPEC):
             "so the output is the bias and the input is lost. Choose fewer groups.",
             stacklevel=3,
         )
+
+
+def _by_torch(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    return like(F.group_norm(x, num_groups, weight, bias, eps), x)
 
 
 def _indivisible(num_groups: int, num_channels: int) -> str:

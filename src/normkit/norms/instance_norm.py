@@ -130,24 +130,35 @@ def _call(
 ) -> Tensor:
     weight, bias = as_statistics(running_mean, weight, bias)
 
-    def by_torch() -> Tensor:
-        if not x.numel():  # torch's instance norm cannot take an empty batch; batch norm can, and gradients are 0
-            return F.batch_norm(x, None, None, weight, bias, True, 0.0, details["eps"])
-        y = F.instance_norm(x, running_mean, running_var, weight, bias, use_input_stats, momentum, details["eps"])
-        return like(unambiguous(y), x)
-
+    arguments = (x, running_mean, running_var, weight, bias, use_input_stats, momentum, details["eps"])
     return normalize(
         SPEC,
         x,
         weight,
         bias,
-        by_torch=by_torch,
+        by_torch=lambda: _by_torch(*arguments),
         running_mean=running_mean,
         running_var=running_var,
         batch_statistics=use_input_stats,
         momentum=momentum,
         **details,
     )
+
+
+def _by_torch(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    if not x.numel():  # torch's instance norm cannot take an empty batch; batch norm can, and gradients are 0
+        return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
+    y = F.instance_norm(x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    return like(unambiguous(y), x)
 
 
 class _InstanceNorm(Norm, RunningStatistics):
@@ -186,6 +197,11 @@ class _InstanceNorm(Norm, RunningStatistics):
     ) -> Tensor:
         if mask is not None or lengths is not None:
             input, residual, mask = blanked(type(self).__name__, SPEC.over, input, residual, mask, lengths)
+        elif not self.track_running_stats:
+            straight = (input, None, None, self.weight, self.bias, True, 0.0, self.eps)
+            y = self._straight(input, residual, _by_torch, *straight)
+            if y is not None:
+                return y
         details = {
             "eps": self.eps,
             "residual": residual,

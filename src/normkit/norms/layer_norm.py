@@ -171,12 +171,17 @@ class LayerNorm(Norm, nn.LayerNorm, spec=SPEC):
 
         ``mask`` or ``lengths`` say what is padding: see :func:`normkit.functional.layer_norm`.
         """
+        shape, weight, bias, eps = self.normalized_shape, self.weight, self.bias, self.eps
+        if mask is None and lengths is None and not self.channels_first:
+            y = self._straight(input, residual, F.layer_norm, input, shape, weight, bias, eps)
+            if y is not None:
+                return y
         return layer_norm(
             input,
-            self.normalized_shape,
-            self.weight,
-            self.bias,
-            self.eps,
+            shape,
+            weight,
+            bias,
+            eps,
             channels_first=self.channels_first,
             activation=self.activation,
             residual=residual,
