@@ -161,13 +161,18 @@ def proposal(mean: Tensor, var: Tensor, tracked: Tensor | None, skipped: Tensor 
     return Proposal(mean, var, tracked, skipped) if native.can_settle(mean, var, tracked, skipped) else None
 
 
-def straight(spec: Spec, x: Tensor, activation: epilogue.Activation, followed: bool, backend: str | None) -> bool:
-    """Whether torch's operators run for sure, and nobody records, compiles or transforms them."""
+def straight(
+    spec: Spec, x: Tensor, activation: epilogue.Activation, followed: bool, backend: str | None, *, writes: bool
+) -> bool:
+    """Whether torch's operators run for sure, so that nothing is left to decide. Not for compilers.
+
+    ``writes``: something is written in place, which nobody may see who records or transforms operators.
+    """
     name = backend or _active
     return (
-        (name == "torch" or (name == "auto" and _torch_at_once(spec, x, activation, followed)))
+        (name == "torch" or (name == "auto" and _torch_is_faster(spec.over, spec.center, x, activation, followed)))
         and _recording is None
-        and not native._is_watched()
+        and not (writes and native._is_watched())
     )
 
 
@@ -202,15 +207,22 @@ def _torch_at_once(
         if not x.is_cpu:
             return True  # the Triton kernels are reluctant there
         return loading.module is None or native.compiler_is_faster(x, activation, batch_statistics)
+    return _torch_is_faster(over or spec.over, spec.center, x, activation, followed)
+
+
+def _torch_is_faster(
+    over: str | None, center: bool, x: Tensor, activation: epilogue.Activation, followed: bool
+) -> bool:
+    """The same outside compilers."""
     first = next(iter(BACKENDS.values()))
     if first is not NATIVE:
         return first is TORCH
     if not x.is_cpu:
         nobody = BACKENDS.keys() <= _OURS and triton.PROVEN is None
-        return nobody or triton.torch_is_faster(x, over or spec.over)
+        return nobody or triton.torch_is_faster(x, over)
     if loading.module is None:
         return BACKENDS.keys() <= _OURS
-    return native.torch_is_faster(over or spec.over, spec.center, x, activation, followed)
+    return native.torch_is_faster(over, center, x, activation, followed)
 
 
 def asked(by_layer: str | None) -> str:

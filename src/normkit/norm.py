@@ -54,7 +54,7 @@ class Norm(nn.Module):
             return None
         activation = self.activation
         followed = residual is not None or activation is not None
-        if not dispatch.straight(self.spec, x, activation, followed, self.backend):
+        if not dispatch.straight(self.spec, x, activation, followed, self.backend, writes=followed):
             return None
         if residual is not None and residual.shape != x.shape:
             return None

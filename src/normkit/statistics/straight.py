@@ -29,7 +29,7 @@ def straight(layer: Any, x: Tensor, residual: Tensor | None) -> Tensor | None:
         return None
     activation = layer.activation
     followed = residual is not None or activation is not None
-    if not dispatch.straight(layer.spec, x, activation, followed, own["backend"]):
+    if not dispatch.straight(layer.spec, x, activation, followed, own["backend"], writes=True):
         return None
     if recomputing() or x.numel() <= x.shape[1] or (residual is not None and residual.shape != x.shape):
         return None
