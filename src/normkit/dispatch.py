@@ -22,7 +22,7 @@ from normkit import epilogue, masked, reference
 from normkit.call import Call
 from normkit.kernels import loading, native, output_saved, triton
 from normkit.kernels import phases as halves
-from normkit.kernels.proposal import Proposal
+from normkit.kernels.proposal import Proposal, Uncompiled
 from normkit.vocabulary.spec import Spec
 
 
@@ -157,8 +157,10 @@ def settle(*statistics: Any) -> bool:
 
 
 def proposal(mean: Tensor, var: Tensor, tracked: Tensor | None, skipped: Tensor | None) -> Proposal | None:
-    """Copies of running statistics which compiled code makes and lets in; ``None``: not a case for it."""
-    return Proposal(mean, var, tracked, skipped) if native.can_settle(mean, var, tracked, skipped) else None
+    """Copies of running statistics on the CPU, to be moved and let in; ``None``: not a case for it."""
+    if not native.ordinary(mean, var, tracked, skipped):
+        return None
+    return (Uncompiled if loading.module is None else Proposal)(mean, var, tracked, skipped)
 
 
 def straight(

@@ -167,11 +167,10 @@ def _is_watched() -> bool:
     )
 
 
-def can_settle(mean: Tensor, var: Tensor, tracked: Tensor | None, skipped: Tensor | None) -> bool:
-    """Whether these running statistics are such as compiled code moves."""
+def ordinary(mean: Tensor, var: Tensor, tracked: Tensor | None, skipped: Tensor | None) -> bool:
+    """Whether these running statistics are such as compiled code can move."""
     return (
-        loading.module is not None
-        and type(mean) is Tensor
+        type(mean) is Tensor
         and mean.is_cpu
         and mean.dtype == var.dtype
         and var.dtype in (torch.float32, torch.float64)
@@ -191,8 +190,9 @@ def settle(
     """
     dtype = var.dtype
     if (
-        not (new_mean.dtype == new_var.dtype == dtype)
-        or not can_settle(mean, var, tracked, skipped)
+        loading.module is None
+        or not (new_mean.dtype == new_var.dtype == dtype)
+        or not ordinary(mean, var, tracked, skipped)
         or torch.compiler.is_compiling()
         or _is_watched()
     ):

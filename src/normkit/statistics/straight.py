@@ -1,7 +1,7 @@
 """Plain batch norm in training, straight to torch's operator: :func:`train` without what has nothing to decide here.
 
-The same numbers, the same running statistics and the same errors, in the time of torch's own layer. Small networks, and
-machines without the compiled kernels, feel the difference (``normkit bench --op overhead``).
+The same numbers, the same running statistics and the same errors, in about the time of torch's own layer, which small
+networks feel (``normkit bench --op overhead``).
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def straight(layer: Any, x: Tensor, residual: Tensor | None) -> Tensor | None:
 
 
 def _proposal(own: dict[str, Any]) -> dispatch.Proposal | None:
-    """The layer's, for its tensors of now; ``None``: they are held, there are none, or no compiled code moves them."""
+    """The layer's, for its tensors of now; ``None``: they are held, there are none, or they are no ordinary tensors."""
     buffers, hold = own["_buffers"], own["hold"]
     mean, var = buffers["running_mean"], buffers["running_var"]
     if mean is None or var is None or hold.frozen or hold.pending is not None or not own["track_running_stats"]:
