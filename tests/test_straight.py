@@ -256,3 +256,57 @@ def test_a_residual_that_does_not_fit_is_refused_before_anything_moves():
         norm(batch(), residual=batch(1, 6, 1, 1))
     assert norm.num_batches_tracked == 0
     assert torch.equal(norm.running_mean, torch.zeros(6))
+
+
+OTHERS: dict[str, tuple[Callable[[], nn.Module], Callable[..., Tensor]]] = {
+    "layer": (
+        lambda: nk.LayerNorm(4, backend="torch"),
+        lambda norm, x, **rest: nk.functional.layer_norm(x, (4,), norm.weight, norm.bias, **rest),
+    ),
+    "group": (
+        lambda: nk.GroupNorm(3, 6, backend="torch"),
+        lambda norm, x, **rest: nk.functional.group_norm(x, 3, norm.weight, norm.bias, **rest),
+    ),
+    "instance": (
+        lambda: nk.InstanceNorm2d(6, affine=True, backend="torch"),
+        lambda norm, x, **rest: nk.functional.instance_norm(x, weight=norm.weight, bias=norm.bias, **rest),
+    ),
+}
+"""A layer, and the public function, which always goes the long way."""
+
+
+@pytest.mark.parametrize("norm", OTHERS)
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+@pytest.mark.parametrize("residual", [False, True])
+def test_other_norms_go_straight_with_the_same_bits(norm, channels_last, activation, residual, monkeypatch):
+    make, function = OTHERS[norm]
+    ours = make()
+    ours.activation = None if activation is None else nk.epilogue.activation_module(activation)
+    form = torch.channels_last if channels_last else torch.contiguous_format
+    found = []
+    for by_layer in (True, False):
+        torch.manual_seed(1)
+        x, added = batch(), batch() if residual else None
+        laid_out = x.contiguous(memory_format=form)
+        if by_layer:
+            with monkeypatch.context() as only:
+                only.setattr(f"normkit.norms.{norm}_norm.normalize", None)  # where the long way would go
+                y = ours(laid_out, residual=added)
+        else:
+            y = function(ours, laid_out, activation=activation, residual=added, backend="torch")
+        ours.zero_grad()
+        y.backward(torch.randn_like(y))
+        found.append([y, *(t.grad for t in (x, added, *ours.parameters()) if t is not None)])
+    for straightly, by_function in zip(*found, strict=True):
+        assert torch.equal(straightly, by_function)
+        assert straightly.stride() == by_function.stride()
+
+
+@pytest.mark.parametrize("norm", OTHERS)
+def test_errors_of_other_norms_are_those_of_the_long_way(norm):
+    with pytest.raises((RuntimeError, ValueError)) as straightly:
+        OTHERS[norm][0]()(batch(5, 7, 3, 5))
+    assert f"{norm}_norm: " in str(straightly.value) or "num_features" in str(straightly.value)
+    with pytest.raises(ValueError, match="the residual has the shape"):
+        OTHERS[norm][0]()(batch(), residual=batch(1, 6, 1, 1))
