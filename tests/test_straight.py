@@ -310,3 +310,28 @@ def test_errors_of_other_norms_are_those_of_the_long_way(norm):
     assert f"{norm}_norm: " in str(straightly.value) or "num_features" in str(straightly.value)
     with pytest.raises(ValueError, match="the residual has the shape"):
         OTHERS[norm][0]()(batch(), residual=batch(1, 6, 1, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_evaluation_without_gradients_goes_straight_with_the_same_bits(dtype, activation, frozen, monkeypatch):
+    norm = layer(activation=activation)
+    norm(batch())
+    if frozen:
+        nk.freeze_(norm)
+    norm.train(frozen).to(dtype)
+    x = batch().detach().to(dtype)
+    mean, var = norm.running_mean.clone(), norm.running_var.clone()
+    with torch.no_grad():
+        expected = nk.functional.batch_norm(
+            x, mean, var, norm.weight, norm.bias, activation=activation, backend="torch"
+        )
+        with monkeypatch.context() as only:
+            only.setattr("normkit.statistics.application.normalize", None)  # where the long way would go
+            y = norm(x)
+    assert torch.equal(y, expected)
+    assert torch.equal(norm.running_mean, mean)
+    long = norm(x.clone().requires_grad_())
+    assert long.requires_grad
+    assert torch.equal(long.detach(), expected)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
@@ -129,14 +130,12 @@ class _BatchNorm(Norm, RunningStatistics):
         """
         self._check_input_dim(input)
         policy = self.statistics
-        plain = policy is PLAIN or policy == PLAIN  # a copy of a layer has a copy of its policy
+        plain = policy is PLAIN or policy == PLAIN  # somebody may have made the same again
         if not plain or mask is not None or lengths is not None or step is not None:
             return self._by_policy(input, residual, mask, lengths, step)
         learning = self.training and not self.frozen
-        if learning and self.save == "input" and not torch.compiler.is_compiling():
-            y = straight(self, input, residual)
-            if y is not None:
-                return y
+        if (y := self._at_once(input, residual, learning)) is not None:
+            return y
         details: dict[str, Any] = {"activation": self.activation, "backend": self.backend}
         if residual is not None:
             details["residual"] = residual
@@ -149,6 +148,16 @@ class _BatchNorm(Norm, RunningStatistics):
         return normalise(
             SPEC, input, mean, var, self.weight, self.bias, by_batch=by_batch, momentum=0.0, eps=self.eps, **details
         )
+
+    def _at_once(self, x: Tensor, residual: Tensor | None, learning: bool) -> Tensor | None:
+        """Straight to torch's operator, where nothing is left to decide; ``None``: there is."""
+        if learning:
+            return straight(self, x, residual) if self.save == "input" and not torch.compiler.is_compiling() else None
+        mean, var = self.running_mean, self.running_var
+        if mean is None or torch.is_grad_enabled():  # a backward pass reads them again, when they may have moved
+            return None
+        weight, bias = as_statistics(mean, self.weight, self.bias)
+        return self._straight(x, residual, F.batch_norm, x, mean, var, weight, bias, False, 0.0, self.eps)
 
     def _by_policy(
         self, x: Tensor, residual: Tensor | None, mask: Tensor | None, lengths: Tensor | None, step: int | None
