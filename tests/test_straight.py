@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
 
 import normkit as nk
 from normkit.kernels import loading
@@ -97,7 +98,7 @@ def test_it_goes_straight_where_torchs_operator_runs_anyway(ways):
     with nk.backend("torch"):
         nk.BatchNorm2d(6)(batch(64, 6, 32, 32))
     assert ways() == [True] * 6
-    assert pickle.loads(pickle.dumps(PLAIN)) is PLAIN
+    assert copy.deepcopy(PLAIN) is PLAIN
 
 
 def held(norm: nk.BatchNorm2d, x: Tensor) -> None:
@@ -335,3 +336,167 @@ def test_evaluation_without_gradients_goes_straight_with_the_same_bits(dtype, ac
     long = norm(x.clone().requires_grad_())
     assert long.requires_grad
     assert torch.equal(long.detach(), expected)
+
+
+def pruned(norm: nn.Module) -> None:
+    prune.l1_unstructured(norm, "weight", amount=2)
+
+
+def parametrized(norm: nn.Module) -> None:
+    parametrize.register_parametrization(norm, "weight", nn.Softplus())
+
+
+def of_buffers(norm: nn.Module) -> None:
+    weight = norm.weight.detach()
+    del norm.weight
+    norm.register_buffer("weight", weight)
+
+
+def without_bias(norm: nn.Module) -> None:
+    del norm.bias
+    norm.bias = None
+
+
+@pytest.mark.parametrize("change", [pruned, parametrized, of_buffers, without_bias])
+def test_a_weight_that_is_no_parameter(change):
+    ours, torchs = layer(), nn.BatchNorm2d(6)
+    torchs.load_state_dict(ours.state_dict())
+    change(ours)
+    change(torchs)
+    x = batch()
+    assert torch.equal(ours(x), torchs(x))
+    assert torch.equal(ours.running_var, torchs.running_var)
+
+
+def narrower(mean: Tensor, var: Tensor, room: Tensor) -> None:
+    mean.data, var.data = room[:3].view(torch.float16), room[6:9].view(torch.float16)
+
+
+def spread_out(mean: Tensor, var: Tensor, room: Tensor) -> None:
+    mean.data = room[:12:2]
+
+
+def one_for_all(mean: Tensor, var: Tensor, room: Tensor) -> None:
+    mean.data = room[:1].expand(6)
+
+
+def shorter(mean: Tensor, var: Tensor, room: Tensor) -> None:
+    mean.data, var.data = room[:2], room[2:4]
+
+
+@pytest.mark.parametrize("change", [narrower, spread_out, one_for_all, shorter])
+@pytest.mark.parametrize("called_before", [False, True])
+def test_no_memory_is_touched_but_that_of_the_running_statistics(change, called_before):
+    norm, room = nk.BatchNorm2d(6, affine=False, backend="torch"), torch.zeros(64)
+    x = batch()
+    if called_before:
+        norm(x)
+    change(norm.running_mean, norm.running_var, room)
+    if change is not spread_out:
+        with pytest.raises(RuntimeError):
+            norm(x)
+        assert not room[:6].any()
+        assert not room[12:].any()
+        return
+    expected = nn.BatchNorm2d(6, affine=False)
+    expected.running_mean, expected.running_var = norm.running_mean.clone(), norm.running_var.clone()
+    expected(x)
+    norm(x)
+    assert torch.equal(norm.running_mean, expected.running_mean)
+    assert torch.equal(norm.running_var, expected.running_var)
+    assert not room[1::2].any()
+
+
+@pytest.mark.parametrize(
+    ("mean", "var"), [(torch.zeros(1), torch.ones(2**22)), (torch.zeros(6), torch.ones(6, device="meta"))]
+)
+def test_running_statistics_that_do_not_fit_each_other_are_refused(mean, var):
+    norm = layer()
+    norm.running_mean, norm.running_var = mean, var
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        norm(batch())
+
+
+def test_a_counter_of_another_type_is_counted():
+    norm, room = layer(), torch.full((4,), 7, dtype=torch.int32)
+    norm(batch())
+    norm.num_batches_tracked.data = room[0]
+    norm(batch())
+    assert room.tolist() == [8, 7, 7, 7]
+
+
+class Failing(nn.Module):
+    def forward(self, y: Tensor) -> Tensor:
+        raise ValueError("no activation today")
+
+
+@pytest.mark.parametrize("make", [nk.BatchNorm2d, lambda n, **o: nk.GroupNorm(3, n, **o), nk.InstanceNorm2d])
+def test_an_error_behind_the_norm_is_told_in_context(make):
+    norm = make(6, activation=Failing(), backend="torch")
+    with pytest.raises(ValueError, match=r"_norm: no activation today\n  input \(5, 6, 3, 4\)"):
+        norm(batch())
+    assert not getattr(norm, "num_batches_tracked", None)
+
+
+@pytest.mark.parametrize("norm", ["batch_norm", "layer_norm"])
+def test_what_runs_out_of_memory_is_not_tried_again(norm, monkeypatch):
+    calls = []
+
+    def operator(*arguments: object) -> Tensor:
+        calls.append(norm)
+        raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr(*((torch, norm) if norm == "batch_norm" else (nn.functional, norm)), operator)
+    with pytest.raises(torch.OutOfMemoryError, match=r"^no memory left"):
+        (layer() if norm == "batch_norm" else nk.LayerNorm(4, backend="torch"))(batch())
+    assert len(calls) == 1
+
+
+def test_a_mode_sees_the_function_that_it_would_see():
+    class Mode(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            return "seen" if function is nn.functional.batch_norm else function(*args, **(kwargs or {}))
+
+    norm = layer()
+    with Mode(), pytest.raises(AttributeError, match="'str'"):  # what stands in its place is no tensor
+        norm(batch())
+
+
+def test_instance_norm_that_stops_tracking_moves_what_it_has_as_torch_does():
+    ours, torchs = nk.InstanceNorm2d(6, track_running_stats=True), nn.InstanceNorm2d(6, track_running_stats=True)
+    x = batch()
+    for norm in (ours, torchs):
+        norm.track_running_stats = False
+        norm(x)
+    torch.testing.assert_close(ours.running_mean, torchs.running_mean)
+
+
+def test_an_activation_that_calls_the_layer_leaves_both_batches_in_it():
+    class Twice(nn.Module):
+        def forward(self, y: Tensor) -> Tensor:
+            if not self.busy:
+                self.busy = True
+                self.norm[0](y.detach() * 2)
+            return y
+
+    activation = Twice()
+    activation.busy = False
+    norm = nk.BatchNorm2d(6, activation=activation, backend="torch")
+    activation.norm = [norm]
+    norm(batch())
+    assert norm.num_batches_tracked == 2
+
+
+def test_group_norm_traced_as_a_whole_model():
+    norm = nk.GroupNorm(2, 6)
+    traced = torch.fx.symbolic_trace(norm, concrete_args={"residual": None, "mask": None, "lengths": None})
+    x = batch()
+    assert torch.equal(traced(x), norm(x))
+
+
+def test_the_first_forward_of_a_reentrant_checkpoint_takes_the_way_of_the_second():
+    """They differ in whether gradients are wanted, which decides only for evaluation."""
+    norm, x = nk.BatchNorm2d(32), torch.randn(16, 32, 32, 32)
+    with torch.no_grad():
+        first = norm(x)
+    assert torch.equal(first, norm(x))

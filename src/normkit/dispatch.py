@@ -22,7 +22,7 @@ from normkit import epilogue, masked, reference
 from normkit.call import Call
 from normkit.kernels import loading, native, output_saved, triton
 from normkit.kernels import phases as halves
-from normkit.kernels.proposal import Proposal, Uncompiled
+from normkit.kernels.proposal import Proposal, Uncompiled, ordinary
 from normkit.vocabulary.spec import Spec
 
 
@@ -54,6 +54,9 @@ TRITON = Backend("triton", triton.reasons_against, triton.run, triton.reluctance
 BACKENDS: dict[str, Backend] = {"native": NATIVE, "triton": TRITON, "torch": TORCH, "reference": REFERENCE}
 """In the order in which they are asked; ``auto`` takes the first that has no reason against."""
 _OURS = frozenset(BACKENDS)
+
+ERRORS = (RuntimeError, ValueError, TypeError)
+"""What is told in its context, if it is exactly one of these."""
 
 _active = "auto"
 _recording: list[Call] | None = None
@@ -96,8 +99,8 @@ def normalize(
             y = by_torch()  # nothing is to be decided: on a megabyte every further line would show
             return epilogue.apply(y, residual, activation, fresh=_is_fresh(spec, details)) if followed else y
         return _decided(name, direct, spec, x, weight, bias, by_torch, residual, activation, **details)
-    except (RuntimeError, ValueError, TypeError) as error:
-        if type(error) not in (RuntimeError, ValueError, TypeError):
+    except ERRORS as error:
+        if type(error) not in ERRORS:
             raise  # out of memory and the like speak for themselves
         raise type(error)(_in_context(error, Call(spec, x, weight, bias, by_torch, **details))) from error
 
@@ -158,24 +161,44 @@ def settle(*statistics: Any) -> bool:
 
 def proposal(mean: Tensor, var: Tensor, tracked: Tensor | None, skipped: Tensor | None) -> Proposal | None:
     """Copies of running statistics on the CPU, to be moved and let in; ``None``: not a case for it."""
-    if not native.ordinary(mean, var, tracked, skipped):
+    if not ordinary(mean, var, tracked, skipped):
         return None
     return (Uncompiled if loading.module is None else Proposal)(mean, var, tracked, skipped)
 
 
 def straight(
-    spec: Spec, x: Tensor, activation: epilogue.Activation, followed: bool, backend: str | None, *, writes: bool
+    spec: Spec,
+    x: Tensor,
+    activation: epilogue.Activation,
+    followed: bool,
+    backend: str | None,
+    *,
+    writes: bool,
+    by_batch: bool = True,
 ) -> bool:
     """Whether torch's operators run for sure, so that nothing is left to decide. Not for compilers.
 
-    ``writes``: something is written in place, which nobody may see who records or transforms operators.
+    ``writes``: something is written in place, which nobody may see who records or transforms operators. ``by_batch``:
+    by the statistics of the input.
     """
     name = backend or _active
     return (
-        (name == "torch" or (name == "auto" and _torch_is_faster(spec.over, spec.center, x, activation, followed)))
+        (name == "torch" or (name == "auto" and _torch_is_faster(spec, spec.over, x, activation, followed, by_batch)))
         and _recording is None
         and not (writes and native._is_watched())
     )
+
+
+def follow(
+    spec: Spec, x: Tensor, weight: Any, bias: Any, y: Tensor, residual: Tensor | None, activation: epilogue.Activation
+) -> Tensor:
+    """What follows the norm, written over ``y``, the norm of ``x``; an error is told in its context."""
+    try:
+        return epilogue.apply(y, residual, activation, fresh=True)
+    except ERRORS as error:
+        if type(error) not in ERRORS:
+            raise
+        raise type(error)(_in_context(error, Call(spec, x, weight, bias, lambda: y))) from error
 
 
 def may_be_read(number: Tensor) -> bool:
@@ -209,11 +232,11 @@ def _torch_at_once(
         if not x.is_cpu:
             return True  # the Triton kernels are reluctant there
         return loading.module is None or native.compiler_is_faster(x, activation, batch_statistics)
-    return _torch_is_faster(over or spec.over, spec.center, x, activation, followed)
+    return _torch_is_faster(spec, over or spec.over, x, activation, followed, batch_statistics)
 
 
 def _torch_is_faster(
-    over: str | None, center: bool, x: Tensor, activation: epilogue.Activation, followed: bool
+    spec: Spec, over: str | None, x: Tensor, activation: epilogue.Activation, followed: bool, by_batch: bool
 ) -> bool:
     """The same outside compilers."""
     first = next(iter(BACKENDS.values()))
@@ -224,7 +247,7 @@ def _torch_is_faster(
         return nobody or triton.torch_is_faster(x, over)
     if loading.module is None:
         return BACKENDS.keys() <= _OURS
-    return native.torch_is_faster(over, center, x, activation, followed)
+    return native.torch_is_faster(over, spec.center, x, activation, followed, by_batch)
 
 
 def asked(by_layer: str | None) -> str:

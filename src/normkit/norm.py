@@ -44,25 +44,35 @@ class Norm(nn.Module):
         return super().__call__(*args, **kwargs)
 
     def _straight(
-        self, x: Tensor, residual: Tensor | None, operator: Callable[..., Tensor], *arguments: Any
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        operator: Callable[..., Tensor],
+        *arguments: Any,
+        by_batch: bool = True,
     ) -> Tensor | None:
-        """``operator(*arguments)`` of torch and what follows it, where it would run anyway and nobody looks on.
+        """``operator(*arguments)`` of torch and what follows it, where this would run anyway.
 
-        In the time of torch's own layer. ``None``: the long way decides, and tells errors in context.
+        In the time of torch's own layer. ``None``: the long way decides, and tells errors of the operator in context.
         """
         if torch.compiler.is_compiling() or not isinstance(x, Tensor):
             return None
         activation = self.activation
         followed = residual is not None or activation is not None
-        if not dispatch.straight(self.spec, x, activation, followed, self.backend, writes=followed):
+        if not dispatch.straight(self.spec, x, activation, followed, self.backend, writes=followed, by_batch=by_batch):
             return None
         if residual is not None and residual.shape != x.shape:
             return None
         try:
             y = operator(*arguments)
-        except (RuntimeError, ValueError, TypeError):
+        except dispatch.ERRORS as error:
+            if type(error) not in dispatch.ERRORS:
+                raise
             return None
-        return epilogue.apply(y, residual, activation, fresh=True) if followed else y
+        if not followed:
+            return y
+        own: Any = self
+        return dispatch.follow(self.spec, x, own.weight, own.bias, y, residual, activation)
 
     def _set_options(self, activation: epilogue.Activation | type[nn.Module], backend: str | None) -> None:
         """The keyword-only options that every layer has."""

@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from normkit.epilogue import fusible
 from normkit.kernels import loading, operators
 from normkit.kernels.plan import Plan, alike, plan_for
+from normkit.kernels.proposal import ordinary
 
 if TYPE_CHECKING:
     from normkit.call import Call
@@ -25,7 +26,7 @@ none for RMS norm: there a kernel is faster at any size."""
 SMALL_FUSED = {BATCH: 2**17, LAYER: 2**12, GROUP: 2**12, INSTANCE: 2**14}
 """The same where a residual or an activation follows, for which torch needs further operators."""
 BATCH_FORWARD, BATCH_FORWARD_FUSED = 2**22, 2**18
-"""The same for batch norm without a backward pass, where most is won: torch's has one pass over memory to make."""
+"""The same for batch norm in evaluation without gradients: torch's has one pass over memory to make."""
 NARROW = 256
 """Rows of fewer values, and maps of group norm of up to a quarter as many, have more to begin and to end than to do."""
 COMPILED, COMPILED_RELU = 2**21, 2**14
@@ -82,16 +83,22 @@ def _reasons_against_compiling(call: Call) -> list[str]:
     return operators.reasons_against(call)
 
 
-def torch_is_faster(over: str | None, center: bool, x: Tensor, activation: Any, fused: bool) -> bool:
+def torch_is_faster(
+    over: str | None, center: bool, x: Tensor, activation: Any, fused: bool, by_batch: bool = True
+) -> bool:
     """Whether torch's operators do the same in less time: limits found on machines with AVX2 and AVX-512, two cores."""
+    if over == BATCH and not by_batch and not torch.is_grad_enabled():
+        return x.numel() < (BATCH_FORWARD_FUSED if fused else BATCH_FORWARD) or _is_gelu(activation, fused)
     rule = _RULES.get(over or "")
-    return center and rule is not None and rule(x, fused, fused and fusible(activation)[0] == "gelu")
+    return center and rule is not None and rule(x, fused, _is_gelu(activation, fused))
+
+
+def _is_gelu(activation: Any, fused: bool) -> bool:
+    return fused and fusible(activation)[0] == "gelu"
 
 
 def _batch(x: Tensor, fused: bool, gelu: bool) -> bool:
-    if torch.is_grad_enabled():
-        return gelu or x.numel() < (SMALL_FUSED if fused else SMALL)[BATCH]
-    return gelu or x.numel() < (BATCH_FORWARD_FUSED if fused else BATCH_FORWARD)
+    return gelu or x.numel() < (SMALL_FUSED if fused else SMALL)[BATCH]
 
 
 def _layer(x: Tensor, fused: bool, gelu: bool) -> bool:
@@ -152,7 +159,9 @@ def reluctance(call: Call) -> list[str]:
         faster = compiler_is_faster(call.x, call.activation, call.batch_statistics)
         return ["a compiler of torch's operators is faster here"] if faster else []
     fused = call.residual is not None or call.activation is not None
-    if not call.merged and torch_is_faster(call.over, call.spec.center, call.x, call.activation, fused):
+    if not call.merged and torch_is_faster(
+        call.over, call.spec.center, call.x, call.activation, fused, call.batch_statistics
+    ):
         return ["torch's operators were faster for this norm, size and layout"]
     return []
 
@@ -164,20 +173,6 @@ def _is_watched() -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
-    )
-
-
-def ordinary(mean: Tensor, var: Tensor, tracked: Tensor | None, skipped: Tensor | None) -> bool:
-    """Whether these running statistics are such as compiled code can move."""
-    return (
-        type(mean) is Tensor
-        and mean.is_cpu
-        and mean.dtype == var.dtype
-        and var.dtype in (torch.float32, torch.float64)
-        and mean.is_contiguous()
-        and var.is_contiguous()
-        and _counts(tracked)
-        and _counts(skipped)
     )
 
 
@@ -208,10 +203,6 @@ def settle(
         _address(skipped),
     )
     return True
-
-
-def _counts(counter: Tensor | None) -> bool:
-    return counter is None or (counter.dtype == torch.int64 and counter.is_cpu)
 
 
 def run(call: Call) -> Tensor:

@@ -14,6 +14,26 @@ from torch import Tensor
 from normkit.kernels import loading
 
 
+def ordinary(mean: Tensor, var: Tensor, tracked: Tensor | None, skipped: Tensor | None) -> bool:
+    """Whether these running statistics are such as compiled code, which sees addresses only, can move."""
+    return (
+        type(mean) is type(var) is Tensor
+        and mean.is_cpu
+        and var.is_cpu
+        and mean.dtype == var.dtype
+        and var.dtype in (torch.float32, torch.float64)
+        and mean.shape == var.shape
+        and mean.is_contiguous()
+        and var.is_contiguous()
+        and _counts(tracked)
+        and _counts(skipped)
+    )
+
+
+def _counts(counter: Tensor | None) -> bool:
+    return counter is None or (counter.dtype == torch.int64 and counter.is_cpu)
+
+
 class Proposal:
     """A copy of mean and variance, which torch's operator moves, and which enters them if it is finite."""
 
@@ -32,8 +52,9 @@ class Proposal:
             and var is self.var
             and tracked is self.tracked
             and skipped is self.skipped
-            and mean.is_cpu
-            and mean.numel() == var.numel() == self.new_var.numel()
+            and var.dtype == self.new_var.dtype
+            and var.shape == self.new_var.shape
+            and ordinary(mean, var, tracked, skipped)
         )
 
     def begin(self) -> tuple[Tensor, Tensor]:

@@ -103,6 +103,10 @@ def batch_norm(
     return train(SPEC, x, Kept(running_mean, running_var, momentum), weight, bias, eps, **details)
 
 
+def _by_running(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    return F.batch_norm(x, mean, var, *as_statistics(mean, weight, bias), False, 0.0, eps)
+
+
 class _BatchNorm(Norm, RunningStatistics):
     """Forward and options of batch norm; the classes below add torch's class of each dimension."""
 
@@ -156,8 +160,8 @@ class _BatchNorm(Norm, RunningStatistics):
         mean, var = self.running_mean, self.running_var
         if mean is None or torch.is_grad_enabled():  # a backward pass reads them again, when they may have moved
             return None
-        weight, bias = as_statistics(mean, self.weight, self.bias)
-        return self._straight(x, residual, F.batch_norm, x, mean, var, weight, bias, False, 0.0, self.eps)
+        arguments = (x, mean, var, self.weight, self.bias, self.eps)
+        return self._straight(x, residual, _by_running, *arguments, by_batch=False)
 
     def _by_policy(
         self, x: Tensor, residual: Tensor | None, mask: Tensor | None, lengths: Tensor | None, step: int | None

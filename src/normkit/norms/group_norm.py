@@ -163,8 +163,7 @@ class GroupNorm(Norm, nn.GroupNorm, spec=SPEC):
         """
         y, affine = None, (self.weight, self.bias, self.eps)
         if mask is None and lengths is None:
-            operator = F.group_norm if input.is_contiguous() else _by_torch
-            y = self._straight(input, residual, operator, input, self.num_groups, *affine)
+            y = self._straight(input, residual, _by_torch, input, self.num_groups, *affine)
         if y is None:
             y = group_norm(
                 input,

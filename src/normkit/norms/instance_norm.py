@@ -197,7 +197,7 @@ class _InstanceNorm(Norm, RunningStatistics):
     ) -> Tensor:
         if mask is not None or lengths is not None:
             input, residual, mask = blanked(type(self).__name__, SPEC.over, input, residual, mask, lengths)
-        elif not self.track_running_stats:
+        elif not self.track_running_stats and self.running_mean is None:
             straight = (input, None, None, self.weight, self.bias, True, 0.0, self.eps)
             y = self._straight(input, residual, _by_torch, *straight)
             if y is not None:

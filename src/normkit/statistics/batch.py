@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from torch import Tensor
 
@@ -44,9 +44,6 @@ class Batch(Policy):
             raise ValueError(
                 f"Batch: on_single={self.on_single!r} is unknown.\n  choose from: {', '.join(get_args(Single))}"
             )
-
-    def __reduce__(self) -> Any:
-        return "PLAIN" if self is PLAIN else super().__reduce__()  # a copy of a layer has the same one
 
     def train(self, call: Application) -> Tensor:
         if self.on_single == "error" or values_per_channel(call.x) != 1:

@@ -1,4 +1,4 @@
-"""Running statistics: how they are kept, and the one place where they move."""
+"""Running statistics: how they are kept, and where they move (but for the short cut of plain batch norm)."""
 
 from __future__ import annotations
 

@@ -20,6 +20,9 @@ PREFIX = "statistics_state"
 class Policy:
     """Plain data, without tensors: one policy may serve many layers. What it keeps per layer is in a :class:`State`."""
 
+    def __deepcopy__(self, memo: dict) -> Policy:
+        return self  # a copy of a layer has the same one
+
     def state(self, layer: Any) -> State | None:
         """The further buffers of one layer; ``None``: none."""
         return None

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import has_torch_function_unary
 
-from normkit import dispatch, epilogue
+from normkit import dispatch
 from normkit.norm import unambiguous
 from normkit.statistics.recomputing import recomputing
 
@@ -23,44 +24,51 @@ def straight(layer: Any, x: Tensor, residual: Tensor | None) -> Tensor | None:
 
     ``layer`` trains on the statistics of the mini-batch. Not for compilers.
     """
-    own = layer.__dict__  # torch's attribute access costs a microsecond for each
-    momentum, eps = own["momentum"], own["eps"]
-    if not x.is_cpu or type(x) not in _PLAIN or momentum is None or eps <= 0:
+    momentum, eps, activation = layer.momentum, layer.eps, layer.activation
+    if type(x) not in _PLAIN or not x.is_cpu or momentum is None or eps <= 0 or has_torch_function_unary(x):
         return None
-    activation = layer.activation
     followed = residual is not None or activation is not None
-    if not dispatch.straight(layer.spec, x, activation, followed, own["backend"], writes=True):
+    if not dispatch.straight(layer.spec, x, activation, followed, layer.backend, writes=True):
         return None
     if recomputing() or x.numel() <= x.shape[1] or (residual is not None and residual.shape != x.shape):
         return None
-    proposal = _proposal(own)
+    parameters = layer._parameters  # torch's access by name costs a microsecond for each
+    if "weight" not in parameters or "bias" not in parameters:  # computed, as under parametrize
+        return None
+    weight, bias = parameters["weight"], parameters["bias"]
+    proposal = _proposal(layer, weight, bias)
     if proposal is None:
         return None
-    parameters = own["_parameters"]
-    weight, bias = parameters["weight"], parameters["bias"]
-    for parameter in (weight, bias):
-        if parameter is not None and (type(parameter) not in _PLAIN or parameter.dtype != proposal.mean.dtype):
-            return None
     mean, var = proposal.begin()
     try:
         y = torch.batch_norm(x, weight, bias, mean, var, True, momentum, eps, torch._C._get_cudnn_enabled())
-    except (RuntimeError, ValueError, TypeError):
+    except dispatch.ERRORS as error:
+        if type(error) not in dispatch.ERRORS:
+            raise
         return None  # it fails there again, and is told in context
     if 1 in x.shape:
         y = unambiguous(y)
     if followed:
-        y = epilogue.apply(y, residual, activation, fresh=True)
+        y = dispatch.follow(layer.spec, x, weight, bias, y, residual, activation)
     proposal.settle()
+    layer.hold.proposal = proposal
     return y
 
 
-def _proposal(own: dict[str, Any]) -> dispatch.Proposal | None:
-    """The layer's, for its tensors of now; ``None``: they are held, there are none, or they are no ordinary tensors."""
-    buffers, hold = own["_buffers"], own["hold"]
-    mean, var = buffers["running_mean"], buffers["running_var"]
-    if mean is None or var is None or hold.frozen or hold.pending is not None or not own["track_running_stats"]:
+def _proposal(layer: Any, *parameters: Tensor | None) -> dispatch.Proposal | None:
+    """The layer's, for its tensors of now; ``None``: they are held, there are none, or they are no ordinary tensors.
+
+    Nobody else has it meanwhile: another thread, or an activation that calls the layer, makes one of its own.
+    """
+    buffers, hold = layer._buffers, layer.hold
+    mean, var = buffers.get("running_mean"), buffers.get("running_var")
+    if mean is None or var is None or hold.frozen or hold.pending is not None or not layer.track_running_stats:
         return None
+    for parameter in parameters:
+        if parameter is not None and (type(parameter) not in _PLAIN or parameter.dtype != mean.dtype):
+            return None
     tracked, skipped = buffers["num_batches_tracked"], buffers["num_batches_skipped"]
-    if hold.proposal is None or not hold.proposal.is_of(mean, var, tracked, skipped):
-        hold.proposal = dispatch.proposal(mean, var, tracked, skipped)
-    return hold.proposal
+    made, hold.proposal = hold.proposal, None
+    if made is not None and made.is_of(mean, var, tracked, skipped):
+        return made
+    return dispatch.proposal(mean, var, tracked, skipped)
