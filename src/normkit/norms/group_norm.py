@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
+from torch.overrides import has_torch_function_variadic
 
 from normkit.dispatch import normalize
 from normkit.epilogue import Activation
@@ -191,7 +192,11 @@ class GroupNorm(Norm, nn.GroupNorm, spec=SPEC):
 
 
 def _by_torch(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    return like(F.group_norm(x, num_groups, weight, bias, eps), x)
+    watched = torch.compiler.is_compiling() or has_torch_function_variadic(x, weight, bias)
+    if watched or x.dim() < 2 or x.numel() <= num_groups:  # torch refuses a single value in each group
+        return like(F.group_norm(x, num_groups, weight, bias, eps), x)
+    # The same without what takes as long as all that is ours around it.
+    return like(torch.group_norm(x, num_groups, weight, bias, eps), x)
 
 
 def _indivisible(num_groups: int, num_channels: int) -> str:
