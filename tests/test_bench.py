@@ -222,17 +222,17 @@ def test_overhead_and_models_are_asked_for_by_name():
 
 
 def test_memory_is_asked_for_by_name_and_tells_bytes_errors_and_times(monkeypatch):
-    monkeypatch.setattr(memory, "SHAPE", (4, 16, 12, 12))  # large enough for a kernel
+    monkeypatch.setattr(memory, "SHAPE", (16, 16, 24, 24))  # large enough for a kernel
     monkeypatch.setattr(memory, "BLOCKS", 3)
     (task,) = plan.tasks("default", ["memory"], dtypes=["float32"])
     assert [t["dtype"] for t in plan.tasks("default", ["memory"])] == ["float32", "bfloat16"]
     records = {r["implementation"]: r for r in carry_out(task, replace(BRIEF, wanted=()), "cpu")}
     assert list(records) == list(memory.VARIANTS)
-    tensor = 4 * 16 * 12 * 12 * 4 / 1e6
+    tensor = 16 * 16 * 24 * 24 * 4 / 1e6
     kept = {name: round(r["saved_mb"] / tensor) for name, r in records.items()}  # the rest is one number per channel
     assert kept == {"torch": 6, "torch out of place": 8, "normkit": 5, memory.OUTPUT: 3}
     for record in records.values():
-        assert (record["kind"], record["op"], record["shape"]) == ("memory", memory.OP, [4, 16, 12, 12])
+        assert (record["kind"], record["op"], record["shape"]) == ("memory", memory.OP, [16, 16, 24, 24])
         assert all(0 < error < 1e-5 for error in record["gradient_error"].values())
         assert record["rounds"] >= LEAST_ROUNDS
 
