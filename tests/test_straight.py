@@ -500,3 +500,13 @@ def test_the_first_forward_of_a_reentrant_checkpoint_takes_the_way_of_the_second
     with torch.no_grad():
         first = norm(x)
     assert torch.equal(first, norm(x))
+
+
+def test_a_subclass_that_says_what_is_kept_is_asked():
+    class KeepsNothing(nk.BatchNorm2d):
+        def kept(self) -> None:
+            return None
+
+    norm = KeepsNothing(6, backend="torch")
+    norm(batch())
+    assert norm.num_batches_tracked == 0

@@ -14,6 +14,7 @@ from torch.overrides import has_torch_function_unary
 
 from normkit import dispatch
 from normkit.norm import unambiguous
+from normkit.statistics.buffers import RunningStatistics
 from normkit.statistics.recomputing import recomputing
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -60,6 +61,8 @@ def _proposal(layer: Any, *parameters: Tensor | None) -> dispatch.Proposal | Non
 
     Nobody else has it meanwhile: another thread, or an activation that calls the layer, makes one of its own.
     """
+    if type(layer).kept is not RunningStatistics.kept:  # a subclass says itself what is kept
+        return None
     buffers, hold = layer._buffers, layer.hold
     mean, var = buffers.get("running_mean"), buffers.get("running_var")
     if mean is None or var is None or hold.frozen or hold.pending is not None or not layer.track_running_stats:
