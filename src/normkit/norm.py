@@ -50,16 +50,19 @@ class Norm(nn.Module):
         operator: Callable[..., Tensor],
         *arguments: Any,
         by_batch: bool = True,
+        writes: bool = False,
     ) -> Tensor | None:
         """``operator(*arguments)`` of torch and what follows it, where this would run anyway.
 
         In the time of torch's own layer. ``None``: the long way decides, and tells errors of the operator in context.
+        ``by_batch``: by the statistics of the input. ``writes``: the operator writes into more than its output.
         """
         if torch.compiler.is_compiling() or not isinstance(x, Tensor):
             return None
         activation = self.activation
         followed = residual is not None or activation is not None
-        if not dispatch.straight(self.spec, x, activation, followed, self.backend, writes=followed, by_batch=by_batch):
+        writes = writes or followed
+        if not dispatch.straight(self.spec, x, activation, followed, self.backend, writes=writes, by_batch=by_batch):
             return None
         if residual is not None and residual.shape != x.shape:
             return None

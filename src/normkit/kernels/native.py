@@ -86,7 +86,10 @@ def _reasons_against_compiling(call: Call) -> list[str]:
 def torch_is_faster(
     over: str | None, center: bool, x: Tensor, activation: Any, fused: bool, by_batch: bool = True
 ) -> bool:
-    """Whether torch's operators do the same in less time: limits found on machines with AVX2 and AVX-512, two cores."""
+    """Whether torch's operators do the same in less time.
+
+    Limits found on machines with two cores: those of batch and instance norm with AVX-512, the others with AVX2.
+    """
     if over == BATCH and not by_batch and not torch.is_grad_enabled():
         return x.numel() < (BATCH_FORWARD_FUSED if fused else BATCH_FORWARD) or _is_gelu(activation, fused)
     rule = _RULES.get(over or "")

@@ -1,7 +1,7 @@
 """The running statistics of one layer on the CPU, copied and let in: what is left of a call's own cost.
 
 In the same memory every time. Fresh copies would lie between the outputs of layers, and with them glibc gives a
-megabyte back to the system and asks for it again with every call: three times what the copies cost.
+megabyte back to the system and asks for it again with every call, which takes longer than the copies.
 """
 
 from __future__ import annotations

@@ -145,20 +145,12 @@ def _call(
     )
 
 
-def _by_torch(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    use_input_stats: bool,
-    momentum: float,
-    eps: float,
-) -> Tensor:
+def _by_torch(x: Tensor, *arguments: Any) -> Tensor:
+    """torch's function of this name, with its arguments."""
     if not x.numel():  # torch's instance norm cannot take an empty batch; batch norm can, and gradients are 0
+        _, _, weight, bias, _, _, eps = arguments
         return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
-    y = F.instance_norm(x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
-    return like(unambiguous(y), x)
+    return like(unambiguous(F.instance_norm(x, *arguments)), x)
 
 
 class _InstanceNorm(Norm, RunningStatistics):

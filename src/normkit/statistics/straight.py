@@ -25,13 +25,10 @@ def straight(layer: Any, x: Tensor, residual: Tensor | None) -> Tensor | None:
 
     ``layer`` trains on the statistics of the mini-batch. Not for compilers.
     """
-    momentum, eps, activation = layer.momentum, layer.eps, layer.activation
+    momentum, eps = layer.momentum, layer.eps
     if type(x) not in _PLAIN or not x.is_cpu or momentum is None or eps <= 0 or has_torch_function_unary(x):
         return None
-    followed = residual is not None or activation is not None
-    if not dispatch.straight(layer.spec, x, activation, followed, layer.backend, writes=True):
-        return None
-    if recomputing() or x.numel() <= x.shape[1] or (residual is not None and residual.shape != x.shape):
+    if recomputing() or x.numel() <= x.shape[1]:
         return None
     parameters = layer._parameters  # torch's access by name costs a microsecond for each
     if "weight" not in parameters or "bias" not in parameters:  # computed, as under parametrize
@@ -40,20 +37,19 @@ def straight(layer: Any, x: Tensor, residual: Tensor | None) -> Tensor | None:
     proposal = _proposal(layer, weight, bias)
     if proposal is None:
         return None
-    mean, var = proposal.begin()
-    try:
-        y = torch.batch_norm(x, weight, bias, mean, var, True, momentum, eps, torch._C._get_cudnn_enabled())
-    except dispatch.ERRORS as error:
-        if type(error) not in dispatch.ERRORS:
-            raise
-        return None  # it fails there again, and is told in context
-    if 1 in x.shape:
-        y = unambiguous(y)
-    if followed:
-        y = dispatch.follow(layer.spec, x, weight, bias, y, residual, activation)
-    proposal.settle()
+    y = layer._straight(x, residual, _by_batch, x, weight, bias, proposal, momentum, eps, writes=True)
+    if y is not None:
+        proposal.settle()
     layer.hold.proposal = proposal
     return y
+
+
+def _by_batch(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, proposal: dispatch.Proposal, momentum: float, eps: float
+) -> Tensor:
+    mean, var = proposal.begin()
+    y = torch.batch_norm(x, weight, bias, mean, var, True, momentum, eps, torch._C._get_cudnn_enabled())
+    return unambiguous(y) if 1 in x.shape else y
 
 
 def _proposal(layer: Any, *parameters: Tensor | None) -> dispatch.Proposal | None:
