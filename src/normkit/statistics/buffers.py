@@ -320,7 +320,7 @@ class RunningStatistics(nn.Module):
 
 
 class Hold:
-    """What contexts ask of one layer's running statistics, and their copies. Never stored: a copied layer starts free."""
+    """What contexts ask of one layer's running statistics, and copies of them. Never stored: a copy starts free."""
 
     def __init__(self) -> None:
         self.frozen = 0
