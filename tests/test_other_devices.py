@@ -48,6 +48,14 @@ def test_the_oracle_computes_where_the_input_is(layer):
         assert own(torch.empty(4, 8, device="meta")).device.type == "meta"
 
 
+@pytest.mark.parametrize("layer", [nk.BatchNorm1d, nk.LayerNorm], ids=lambda kind: kind.__name__)
+def test_a_mask_that_is_elsewhere_is_refused_with_where_it_belongs(layer):
+    own = layer(8, device="meta")
+    x = torch.empty((4, 8, 5) if layer is nk.BatchNorm1d else (4, 5, 8), device="meta")
+    with pytest.raises(ValueError, match=r"the mask is on cpu, the input on meta.\n  move it there"):
+        own(x, mask=torch.ones(4, 5, dtype=torch.bool))
+
+
 def test_group_norm_keeps_channels_last_where_torchs_operator_does_not(monkeypatch):
     """On a GPU it makes its input contiguous."""
     own = F.group_norm

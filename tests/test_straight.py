@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 import normkit as nk
-from normkit.kernels import loading
+from normkit import dispatch
+from normkit.kernels import loading, triton
 from normkit.norms import batch_norm
 from normkit.statistics.batch import PLAIN
 
@@ -32,13 +33,23 @@ def batch(*shape: int, scale: float = 3.0) -> Tensor:
     return (torch.randn(*(shape or (5, 6, 3, 4))) * scale + 1).requires_grad_()
 
 
-@pytest.fixture(params=["compiled", "in torch's operators"], autouse=True)
-def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+WAYS = ("compiled", "in torch's operators", *(["launched"] if triton.INTERPRETED else []))
+"""The last is for GPUs: tests/test_triton.py runs it in Triton's interpreter."""
+
+
+@pytest.fixture(params=WAYS, autouse=True)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """What copies the running statistics and lets them in."""
-    if request.param != "compiled":
+    if request.param == "launched":
+        monkeypatch.setattr(dispatch, "proposal", launched)
+    elif request.param != "compiled":
         monkeypatch.setattr(loading, "module", None)
     elif loading.module is None:
         pytest.skip(loading.absence)
+
+
+def launched(*statistics: Tensor | None) -> triton.Launched | None:
+    return triton.Launched(*statistics) if triton.launchable(*statistics) else None
 
 
 @pytest.fixture

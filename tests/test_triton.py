@@ -64,6 +64,12 @@ def test_in_the_interpreter_the_parity_tests_of_every_backend(norm):
 
 @needs_triton
 @pytest.mark.slow
+def test_in_the_interpreter_batch_norm_that_goes_straight_to_torch():
+    interpreted(str(HERE / "test_straight.py"), "-k", "launched")
+
+
+@needs_triton
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("architecture", [80, 90])
 def test_they_compile_for_gpus_that_are_not_there(architecture, tmp_path):

@@ -15,6 +15,8 @@ from normkit.bench.inputs import Inputs, weight_dtype
 from normkit.bench.peers import EPS, Peer, eager, layer, ours
 
 OURS, COMPILED, COMPILED_IN_GRAPHS = "normkit", "normkit, compiled", "normkit, compiled, CUDA graphs"
+UNASKED = "normkit, auto"
+"""What somebody gets who asks for no backend."""
 Maker = Callable[[], Peer]
 
 

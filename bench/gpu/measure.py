@@ -187,7 +187,7 @@ def run(
     ways: Sequence[str] = (),
     workers: int = 1,
 ) -> list[Record]:
-    """Parity, rows with a goal, models, other rows, models in CUDA graphs, other contenders.
+    """Parity, rows with a goal, models, models in CUDA graphs, other rows, other contenders.
 
     A record is written as soon as it is there.
     """
@@ -233,8 +233,8 @@ def run(
 
     time_all([row for row in chosen if row.goals], contenders)
     time_models(models.VARIANTS)
-    time_all([row for row in chosen if not row.goals], contenders)
     time_models(models.IN_GRAPHS)
+    time_all([row for row in chosen if not row.goals], contenders)
     time_all(chosen, further)
     return done
 

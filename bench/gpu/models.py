@@ -1,4 +1,4 @@
-"""Whole models: a training step with torch's norms and with normkit's on the Triton kernels, both compiled as well."""
+"""Whole models: a training step with torch's norms and with normkit's: unasked, on the Triton kernels, and compiled."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from clocks import measured
-from contenders import COMPILED, COMPILED_IN_GRAPHS, OURS
+from contenders import COMPILED, COMPILED_IN_GRAPHS, OURS, UNASKED
 from torch import Tensor, nn
 
 import normkit as nk
@@ -43,8 +43,8 @@ def _llm_layer(toy: bool, device: str) -> Made:
 class Variant:
     """Who is timed."""
 
-    own: bool
-    """normkit's norms, on the Triton kernels."""
+    backend: str | None
+    """Of normkit's norms; ``None``: torch's norms."""
     mode: str | None
     """Of ``torch.compile``; ``None``: eager."""
     seconds: float
@@ -52,14 +52,15 @@ class Variant:
 
 
 VARIANTS = {
-    "torch": Variant(False, None, 5.0),
-    OURS: Variant(True, None, 10.0),
-    "torch.compile": Variant(False, "default", 45.0),
-    COMPILED: Variant(True, "default", 45.0),
+    "torch": Variant(None, None, 5.0),
+    UNASKED: Variant("auto", None, 5.0),
+    OURS: Variant("triton", None, 10.0),
+    "torch.compile": Variant(None, "default", 45.0),
+    COMPILED: Variant("triton", "default", 45.0),
 }
 IN_GRAPHS = {
-    "torch.compile, CUDA graphs": Variant(False, "reduce-overhead", 45.0),
-    COMPILED_IN_GRAPHS: Variant(True, "reduce-overhead", 45.0),
+    "torch.compile, CUDA graphs": Variant(None, "reduce-overhead", 45.0),
+    COMPILED_IN_GRAPHS: Variant("triton", "reduce-overhead", 45.0),
 }
 """Where calls cost nothing."""
 MAKERS: dict[str, Callable[[bool, str], Made]] = {
@@ -87,8 +88,8 @@ def step_of(call: Callable[[Tensor], Tensor], model: nn.Module, x: Tensor) -> St
 @contextlib.contextmanager
 def step_by(variant: Variant, model: nn.Module, x: Tensor) -> Iterator[Step]:
     """A training step of a model, which changes for it."""
-    with nk.backend("triton" if variant.own else "auto"):
-        if variant.own:
+    with nk.backend(variant.backend or "auto"):
+        if variant.backend:
             nk.accelerate_(model)
         yield step_of(torch.compile(model, dynamic=False, mode=variant.mode) if variant.mode else model, model, x)
 

@@ -45,8 +45,8 @@ def _against_oracle(
     yield from ((name, found[name], right[name]) for name in right)
 
 
-def _layer(**options: Any) -> nn.Module:
-    layer = nk.BatchNorm2d(24, activation="silu", backend="triton", **options)
+def _layer(backend: str = "triton", **options: Any) -> nn.Module:
+    layer = nk.BatchNorm2d(24, activation="silu", backend=backend, **options)
     with torch.no_grad():
         layer.weight.uniform_(0.5, 1.5)
         layer.bias.uniform_(-0.5, 0.5)
@@ -61,16 +61,18 @@ def evaluation(dtype: torch.dtype, device: str) -> Iterator[Pair]:
 
 
 def running(dtype: torch.dtype, device: str) -> Iterator[Pair]:
-    """Running statistics and counters behind three batches, the second of them with an infinity."""
-    own = nk.BatchNorm2d(1500, backend="triton", device=device)
-    exact = nk.BatchNorm2d(1500, backend="reference").double()
-    for step in range(3):
-        x = _draw((4, 1500, 3, 2), dtype, "cpu", step)
-        x[0, 7] = torch.inf if step == 1 else x[0, 7]
-        own(x.to(device))
-        exact(x.double())
-    names = ("running_mean", "running_var", "num_batches_tracked", "num_batches_skipped")
-    yield from ((name, own.get_buffer(name), exact.get_buffer(name)) for name in names)
+    """Running statistics and counters behind three batches, the second of them with an infinity; on the kernels, and
+    straight to torch's operator, behind which a kernel lets them in."""
+    for backend in ("triton", "torch"):
+        own = nk.BatchNorm2d(1500, backend=backend, device=device)
+        exact = nk.BatchNorm2d(1500, backend="reference").double()
+        for step in range(3):
+            x = _draw((4, 1500, 3, 2), dtype, "cpu", step)
+            x[0, 7] = torch.inf if step == 1 else x[0, 7]
+            own(x.to(device))
+            exact(x.double())
+        for name in ("running_mean", "running_var", "num_batches_tracked", "num_batches_skipped"):
+            yield f"{name} on {backend}", own.get_buffer(name), exact.get_buffer(name)
 
 
 def halves(dtype: torch.dtype, device: str) -> Iterator[Pair]:
@@ -148,9 +150,12 @@ def _by_hand(x: Tensor, residual: Tensor, weight: Tensor, weight_offset: float) 
 
 def replayed(dtype: torch.dtype, device: str) -> Iterator[Pair]:
     """A CUDA graph of forward and backward, replayed on other numbers than it was captured with."""
-    if device == "cpu":
-        return
-    own = _layer().to(device)
+    for backend in ("triton", "torch") if device == "cuda" else ():
+        for name, found, right in _replayed(_layer(backend).to(device), dtype, device):
+            yield f"{name} on {backend}", found, right
+
+
+def _replayed(own: Any, dtype: torch.dtype, device: str) -> Iterator[Pair]:
     inputs = [_draw((6, 24, 9, 7), dtype, device, seed) for seed in (5, 6)]
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -164,13 +169,14 @@ def replayed(dtype: torch.dtype, device: str) -> Iterator[Pair]:
         dx, dweight = torch.autograd.grad(y, (leaves[0], own.weight), upstream)
     with torch.no_grad():
         leaves[0].copy_(_draw((6, 24, 9, 7), dtype, device, 7))
-    graph.replay()
     exact: Any = copy.deepcopy(own).cpu().double()
     exact.backend = "reference"
+    graph.replay()
     x, residual = (t.detach().cpu().double().requires_grad_() for t in leaves)
     right = exact(x, residual=residual)
     wanted = torch.autograd.grad(right, (x, exact.weight), torch.ones_like(right))
     yield from (("y", y, right), ("x", dx, wanted[0]), ("weight", dweight, wanted[1]))
+    yield from ((name, own.get_buffer(name), exact.get_buffer(name)) for name in ("running_var", "num_batches_tracked"))
 
 
 def huge(dtype: torch.dtype, device: str) -> Iterator[Pair]:

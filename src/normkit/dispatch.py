@@ -160,10 +160,12 @@ def settle(*statistics: Any) -> bool:
 
 
 def proposal(mean: Tensor, var: Tensor, tracked: Tensor | None, skipped: Tensor | None) -> Proposal | None:
-    """Copies of running statistics on the CPU, to be moved and let in; ``None``: not a case for it."""
-    if not ordinary(mean, var, tracked, skipped):
-        return None
-    return (Uncompiled if loading.module is None else Proposal)(mean, var, tracked, skipped)
+    """Copies of running statistics, to be moved and let in; ``None``: not a case for it."""
+    if ordinary(mean, var, tracked, skipped):
+        return (Uncompiled if loading.module is None else Proposal)(mean, var, tracked, skipped)
+    if triton.launchable(mean, var, tracked, skipped):
+        return triton.Launched(mean, var, tracked, skipped)
+    return None
 
 
 def straight(

@@ -1,4 +1,4 @@
-"""The running statistics of one layer on the CPU, copied and let in: what is left of a call's own cost.
+"""The running statistics of one layer, copied and let in: what is left of a call's own cost.
 
 In the same memory every time. Fresh copies would lie between the outputs of layers, and with them glibc gives a
 megabyte back to the system and asks for it again with every call, which takes longer than the copies.
@@ -17,27 +17,33 @@ from normkit.kernels import loading
 def ordinary(mean: Tensor, var: Tensor, tracked: Tensor | None, skipped: Tensor | None) -> bool:
     """Whether these running statistics are such as compiled code, which sees addresses only, can move."""
     return (
-        type(mean) is type(var) is Tensor
-        and mean.is_cpu
+        mean.is_cpu
         and var.is_cpu
+        and (tracked is None or tracked.is_cpu)
+        and (skipped is None or skipped.is_cpu)
+        and plain(mean, var, tracked, skipped)
+    )
+
+
+def plain(mean: Tensor, var: Tensor, tracked: Tensor | None, skipped: Tensor | None) -> bool:
+    """The same, wherever they are."""
+    return (
+        type(mean) is type(var) is Tensor
         and mean.dtype == var.dtype
         and var.dtype in (torch.float32, torch.float64)
         and mean.shape == var.shape
         and mean.is_contiguous()
         and var.is_contiguous()
-        and _counts(tracked)
-        and _counts(skipped)
+        and (tracked is None or tracked.dtype == torch.int64)
+        and (skipped is None or skipped.dtype == torch.int64)
     )
-
-
-def _counts(counter: Tensor | None) -> bool:
-    return counter is None or (counter.dtype == torch.int64 and counter.is_cpu)
 
 
 class Proposal:
     """A copy of mean and variance, which torch's operator moves, and which enters them if it is finite."""
 
     __slots__ = ("mean", "new_mean", "new_var", "skipped", "tracked", "var", "wide")
+    fits = staticmethod(ordinary)
 
     def __init__(self, mean: Tensor, var: Tensor, tracked: Tensor | None, skipped: Tensor | None) -> None:
         self.mean, self.var, self.tracked, self.skipped = mean, var, tracked, skipped
@@ -54,7 +60,7 @@ class Proposal:
             and skipped is self.skipped
             and var.dtype == self.new_var.dtype
             and var.shape == self.new_var.shape
-            and ordinary(mean, var, tracked, skipped)
+            and self.fits(mean, var, tracked, skipped)
         )
 
     def begin(self) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from normkit.kernels import contract, native, operators
 from normkit.kernels.plan import MAKERS, Plan, alike, plan_for
+from normkit.kernels.proposal import Proposal, plain
 
 if TYPE_CHECKING:
     from normkit.call import Call
@@ -151,20 +152,50 @@ def settle(
 
     False: not a case for this kernel, and nothing has been done.
     """
-    floats, counters = (mean, var, new_mean, new_var), [t for t in (tracked, skipped) if t is not None]
-    if (
-        not FOUND
-        or torch.compiler.is_compiling()
-        or not (mean.is_cuda or (INTERPRETED and mean.is_cpu))
-        or (mean.is_cuda and (not _like_the_ones_they_ran_on(mean.device) or hindrance_to_start()))
-        or any(type(t) is not Tensor or t.device != mean.device for t in (*floats, *counters))
-        or any(t.dtype != mean.dtype or not t.is_contiguous() for t in floats)
-        or any(t.dtype != torch.int64 for t in counters)
-        or native._is_watched()
-    ):
+    if torch.compiler.is_compiling() or not launchable(mean, var, tracked, skipped) or native._is_watched():
         return False
-    _settling(mean.numel())(*floats, tracked, skipped)
+    for proposed in (new_mean, new_var):
+        if type(proposed) is not Tensor or proposed.device != mean.device or proposed.dtype != mean.dtype:
+            return False
+        if not proposed.is_contiguous():
+            return False
+    _settling(mean.numel())(mean, var, new_mean, new_var, tracked, skipped)
     return True
+
+
+def launchable(mean: Tensor, var: Tensor, tracked: Tensor | None, skipped: Tensor | None) -> bool:
+    """Whether a kernel can move these running statistics."""
+    there = mean.get_device()
+    return (
+        FOUND
+        and (mean.is_cuda or (INTERPRETED and mean.is_cpu))
+        and var.get_device() == there
+        and (tracked is None or tracked.get_device() == there)
+        and (skipped is None or skipped.get_device() == there)
+        and plain(mean, var, tracked, skipped)
+        and not (mean.is_cuda and (not _like_the_ones_they_ran_on(mean.device) or hindrance_to_start()))
+    )
+
+
+class Launched(Proposal):
+    """Running statistics on a GPU: two launches, where a fresh copy of each would take four."""
+
+    __slots__ = ("_copies", "_settle")
+    fits = staticmethod(launchable)
+
+    def __init__(self, mean: Tensor, var: Tensor, tracked: Tensor | None, skipped: Tensor | None) -> None:
+        super().__init__(mean, var, tracked, skipped)
+        self._copies = self.new_mean.data, self.new_var.data  # behind which nothing tells autograd of a change
+        self._settle = _settling(mean.numel())
+
+    def begin(self) -> tuple[Tensor, Tensor]:
+        """The copies, as the running statistics are now."""
+        torch._foreach_copy_(self._copies, (self.mean, self.var))
+        return self.new_mean, self.new_var
+
+    def settle(self) -> None:
+        """Let the copies in if every variance is finite, and count the batch."""
+        self._settle(self.mean, self.var, *self._copies, self.tracked, self.skipped)
 
 
 @functools.lru_cache(maxsize=1024)

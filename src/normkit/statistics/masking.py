@@ -56,7 +56,7 @@ def as_mask(
         what: the layer, for messages.
 
     Raises:
-        ValueError: a shape that does not fit, a length beyond the width, both arguments at once.
+        ValueError: a shape that does not fit, a length beyond the width, both arguments at once, a mask elsewhere.
         TypeError: a mask that is not of bool, lengths that are no integers.
     """
     if mask is None and lengths is None:
@@ -70,6 +70,11 @@ def as_mask(
         raise TypeError(
             f"{what}: the mask is of {mask.dtype}; it must be of torch.bool, True where an element counts.\n"
             "  mask.bool() makes it one; where 1 means padding, (mask == 0)"
+        )
+    if mask.device != x.device:
+        raise ValueError(
+            f"{what}: the mask is on {mask.device}, the input on {x.device}.\n"
+            "  move it there once, where the batch is made: mask.to(input.device)"
         )
     if mask.dim() < x.dim() and mask.shape == _without(x.shape, axes):
         mask = mask.reshape([size if axis == 0 or axis in axes else 1 for axis, size in enumerate(x.shape)])

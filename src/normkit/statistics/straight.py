@@ -26,7 +26,7 @@ def straight(layer: Any, x: Tensor, residual: Tensor | None) -> Tensor | None:
     ``layer`` trains on the statistics of the mini-batch. Not for compilers.
     """
     momentum, eps = layer.momentum, layer.eps
-    if type(x) not in _PLAIN or not x.is_cpu or momentum is None or eps <= 0 or has_torch_function_unary(x):
+    if type(x) not in _PLAIN or momentum is None or eps <= 0 or has_torch_function_unary(x):
         return None
     if recomputing() or x.numel() <= x.shape[1]:
         return None
