@@ -6,6 +6,7 @@ groups that share a block, groups that are wider than one, rows that do not fit 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -16,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 import normkit as nk
+from normkit import dispatch
 from normkit.kernels import (
     contract,
     loading,
@@ -28,11 +30,13 @@ from normkit.kernels import (
 )
 from normkit.kernels.contract import Work
 from normkit.kernels.plan import plan_for
+from normkit.kernels.triton import Launched, launchable
 from normkit.kernels.triton_channels import tile_of
 from normkit.kernels.triton_channels_launch import Channels
 from normkit.kernels.triton_prenorm import add_norm
 from normkit.kernels.triton_rows import rows_of
 from normkit.kernels.triton_wide_launch import WideRows
+from normkit.norms import batch_norm
 from normkit.statistics import Ghost
 from oracle import examine, observe
 from test_native import numbers, spread
@@ -546,6 +550,67 @@ def test_running_statistics_move_in_one_launch_unless_something_is_not_finite():
             assert nk.kernels.triton.settle(*old, *new, *counters)
             assert all(torch.equal(got, want) for got, want in zip(old, wanted, strict=True))
             assert [int(c) for c in counters] == ([3, 2] if wrong is not None else [4, 1])
+
+
+straight = batch_norm.straight
+
+
+def _ways(monkeypatch) -> list[bool]:
+    """For each training call of a batch norm since, whether it went straight; on proposals of a GPU's kind."""
+    seen: list[bool] = []
+
+    def counted(*given):
+        y = straight(*given)
+        seen.append(y is not None)
+        return y
+
+    monkeypatch.setattr(dispatch, "proposal", lambda *kept: Launched(*kept) if launchable(*kept) else None)
+    monkeypatch.setattr(batch_norm, "straight", counted)
+    return seen
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # inf - inf, of NumPy
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batch_norm_in_training_goes_straight_to_the_kernels_with_the_same_bits(
+    dtype, activation, residual, monkeypatch
+):
+    seen, found = _ways(monkeypatch), []
+    for straightly in (True, False):
+        if not straightly:
+            monkeypatch.setattr(batch_norm, "straight", lambda *_: None)
+        torch.manual_seed(0)
+        layer = nk.BatchNorm2d(5, activation=activation, backend="triton")
+        inputs = [torch.randn(4, 5, 3, 2, requires_grad=True) for _ in range(3)]
+        inputs[1] = inputs[1].detach().index_fill(0, torch.tensor(1), torch.inf)  # moves nothing
+        added = [torch.randn(4, 5, 3, 2, requires_grad=True) if residual else None for _ in inputs]
+        narrow = [[None if t is None else t.to(dtype) for t in (x, y)] for x, y in zip(inputs, added, strict=True)]
+        outputs = [layer(x, residual=y) for x, y in narrow]
+        (outputs[0].sin() + outputs[2].sin()).sum().backward()  # the first call's copies were written over
+        leaves = (*layer.parameters(), inputs[0], inputs[2], *([added[0], added[2]] if residual else ()))
+        found.append([*outputs, *layer.buffers(), *(leaf.grad for leaf in leaves)])
+    assert seen == [True] * 3
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours.nan_to_num(7.0), theirs.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize(
+    ("options", "x"),
+    [
+        ({"momentum": None}, torch.ones(4, 5, 3, 2)),
+        ({"track_running_stats": False}, torch.ones(4, 5, 3, 2)),
+        ({"activation": torch.nn.Tanh()}, torch.ones(4, 5, 3, 2)),
+        ({}, torch.ones(4, 5, 3, 4)[..., ::2]),
+        ({}, torch.ones(4, 5, 3, 2, dtype=torch.float64)),
+        ({}, torch.zeros(4, 5, 3, 2, dtype=torch.complex64).conj().imag),  # its sign is not in its memory
+    ],
+)
+def test_what_the_kernels_may_not_be_for_goes_the_long_way(options, x, monkeypatch):
+    seen, layer = _ways(monkeypatch), nk.BatchNorm2d(5, backend="triton", **options)
+    with contextlib.suppress(RuntimeError):  # it is refused there
+        layer(x)
+    assert seen == [False]
 
 
 def test_a_call_that_no_kernel_takes_is_refused_with_the_reason():

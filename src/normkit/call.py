@@ -37,6 +37,8 @@ class Call:
     activation: epilogue.Activation = None
     running_mean: Tensor | None = None
     running_var: Tensor | None = None
+    moved: tuple[Tensor, Tensor] | None = None
+    """Where the running statistics go that have moved; ``None``: over themselves."""
     batch_statistics: bool = True
     momentum: float = 0.0
     save_output: bool = False

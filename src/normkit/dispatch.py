@@ -191,6 +191,21 @@ def straight(
     )
 
 
+def launched(call: Call, backend: str | None) -> Tensor | None:
+    """The output, where the Triton kernels run for sure and what they move is ``moved``; ``None``: not for sure."""
+    name = backend or _active
+    if _recording is not None or native._is_watched() or not (BACKENDS.keys() <= _OURS and triton.PROVEN):
+        return None
+    if name != "triton" and (name != "auto" or _torch_is_faster(call.spec, call.over, call.x, None, False, True)):
+        return None
+    try:
+        return triton.at_once(call)
+    except ERRORS as error:
+        if type(error) not in ERRORS:
+            raise
+        return None  # the long way tells it in its context
+
+
 def follow(
     spec: Spec, x: Tensor, weight: Any, bias: Any, y: Tensor, residual: Tensor | None, activation: epilogue.Activation
 ) -> Tensor:

@@ -83,6 +83,7 @@ def _call_of(inputs: tuple, asked: tuple) -> tuple[Any, tuple[str | None, float]
         spec=SimpleNamespace(center=center, over=over), over=over, x=x, weight=weight, bias=bias, residual=residual,
         running_mean=running_mean, running_var=running_var, batch_statistics=batch, momentum=momentum, eps=eps,
         groups=groups, trailing=trailing, sizes=None if sizes is None else tuple(sizes), activation=activation or None,
+        moved=None,
     )  # fmt: skip
     call.problem = lambda: _problem(call, solve)
     return call, (activation or None, slope)

@@ -44,6 +44,8 @@ class Proposal:
 
     __slots__ = ("mean", "new_mean", "new_var", "skipped", "tracked", "var", "wide")
     fits = staticmethod(ordinary)
+    launches = False
+    """Kernels for GPUs let the copies in, and can write them as well."""
 
     def __init__(self, mean: Tensor, var: Tensor, tracked: Tensor | None, skipped: Tensor | None) -> None:
         self.mean, self.var, self.tracked, self.skipped = mean, var, tracked, skipped

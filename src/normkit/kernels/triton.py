@@ -182,6 +182,7 @@ class Launched(Proposal):
 
     __slots__ = ("_copies", "_settle")
     fits = staticmethod(launchable)
+    launches = True
 
     def __init__(self, mean: Tensor, var: Tensor, tracked: Tensor | None, skipped: Tensor | None) -> None:
         super().__init__(mean, var, tracked, skipped)
@@ -189,7 +190,7 @@ class Launched(Proposal):
         self._settle = _settling(mean.numel())
 
     def begin(self) -> tuple[Tensor, Tensor]:
-        """The copies, as the running statistics are now."""
+        """The copies, as the running statistics are now. A kernel that moves them needs none, and writes there."""
         torch._foreach_copy_(self._copies, (self.mean, self.var))
         return self.new_mean, self.new_var
 
@@ -226,6 +227,25 @@ def run(call: Call) -> Tensor:
     return forward(call.plan, call, keep=False)[0]
 
 
+def at_once(call: Call) -> Tensor | None:
+    """The output of a call whose running statistics are :func:`launchable` and go elsewhere (``moved``).
+
+    In that no mask, transform or compiler is about, and all is of ordinary types. ``None``: ask the general way.
+    """
+    assert call.running_mean is not None
+    there = call.running_mean.get_device()
+    for tensor in (call.x, call.weight, call.bias, call.residual):
+        if tensor is not None and (
+            tensor.get_device() != there or tensor.is_neg() or tensor.is_nested or tensor.layout is not torch.strided
+        ):
+            return None
+    plan = plan_for(call, "triton") if call.x.dtype in TYPES else None
+    if plan is None or isinstance(plan, str):
+        return None
+    call.plan = plan
+    return run(call)
+
+
 def forward(plan: Plan, call: Call, *, keep: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """Output, statistics (all means, then all inverse deviations), bits; ``keep``: for a backward pass."""
     bits = torch.empty(plan.bits, dtype=torch.uint8, device=call.x.device) if keep and plan.bits else None
@@ -234,8 +254,9 @@ def forward(plan: Plan, call: Call, *, keep: bool) -> tuple[Tensor, Tensor, Tens
 
 def _carry_out(plan: Plan, call: Any, bits: Tensor | None) -> tuple[Tensor, Tensor]:
     running = call.running_mean, call.running_var
+    moved = call.moved or running
     added = None if call.residual is None else alike(call.residual, call.x, plan.strides)
-    return plan.kernel.forward(call.x, added, call.weight, call.bias, running, running, call.momentum, call.eps, bits)
+    return plan.kernel.forward(call.x, added, call.weight, call.bias, running, moved, call.momentum, call.eps, bits)
 
 
 def backward(plan: Plan, saved: tuple, dy: Tensor, need: tuple[bool, ...]) -> tuple[Tensor | None, ...]:

@@ -1,4 +1,5 @@
-"""Plain batch norm in training, straight to torch's operator: :func:`train` without what has nothing to decide here.
+"""Plain batch norm in training, straight to torch's operator or to the kernels for GPUs: :func:`train` without what has
+nothing to decide here.
 
 The same numbers, the same running statistics and the same errors, in about the time of torch's own layer, which small
 networks feel (``normkit bench --op overhead``).
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import has_torch_function_unary
 
 from normkit import dispatch
+from normkit.call import Call
 from normkit.norm import unambiguous
 from normkit.statistics.buffers import RunningStatistics
 from normkit.statistics.recomputing import recomputing
@@ -38,6 +40,8 @@ def straight(layer: Any, x: Tensor, residual: Tensor | None) -> Tensor | None:
     if proposal is None:
         return None
     y = layer._straight(x, residual, _by_batch, x, weight, bias, proposal, momentum, eps, writes=True)
+    if y is None and proposal.launches:
+        y = _on_kernels(layer, x, residual, weight, bias, proposal)
     if y is not None:
         proposal.settle()
     layer.hold.proposal = proposal
@@ -50,6 +54,23 @@ def _by_batch(
     mean, var = proposal.begin()
     y = torch.batch_norm(x, weight, bias, mean, var, True, momentum, eps, torch._C._get_cudnn_enabled())
     return unambiguous(y) if 1 in x.shape else y
+
+
+def _on_kernels(
+    layer: Any, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, to: dispatch.Proposal
+) -> Tensor | None:
+    """The kernels for GPUs read the running statistics and write what they propose."""
+    if residual is not None and (type(residual) not in _PLAIN or residual.shape != x.shape):
+        return None
+    call = Call(
+        layer.spec, x, weight, bias, _nobody_runs_it, layer.eps, residual=residual, activation=layer.activation,
+        running_mean=to.mean, running_var=to.var, moved=(to.new_mean, to.new_var), momentum=layer.momentum,
+    )  # fmt: skip
+    return dispatch.launched(call, layer.backend)
+
+
+def _nobody_runs_it() -> Tensor:
+    raise AssertionError("the kernels have been chosen, or nothing has")
 
 
 def _proposal(layer: Any, *parameters: Tensor | None) -> dispatch.Proposal | None:
