@@ -92,16 +92,12 @@ def test_a_layer_asked_to_run_on_them_says_why_it_cannot():
 
 
 def test_a_gpu_has_checked_them():
-    """``PROVEN`` is the commit of a record that is green throughout, but for compilers, which have their own."""
+    """``PROVEN`` is the commit of a record that is green throughout."""
     _skip_unproven()
     states = recorded_states(triton.PROVEN)
-    assert {row for row, state in states if state != "green"} <= {"compiled"}
+    assert {state for _, state in states} == {"green"}
     assert len(states) > 50
-
-
-def test_a_gpu_has_checked_them_inside_a_compiler():
-    assert ("compiled", "green") in recorded_states("7470ef02d234")
-    assert ("compiled", "red") not in recorded_states("7470ef02d234")
+    assert ("compiled", "green") in states
 
 
 def recorded_states(commit: str) -> set[tuple[str, str]]:

@@ -25,7 +25,7 @@ from normkit.kernels.proposal import Proposal, plain
 if TYPE_CHECKING:
     from normkit.call import Call
 
-PROVEN: str | None = "dfdc45cab6c3"
+PROVEN: str | None = "7d530e926584"
 """The commit of these kernels at which parity has passed on a GPU: records/bench/gpu/<commit>/ holds the record.
 ``None``: it has not run on one yet, and nobody gets them unasked."""
 FOUND = importlib.util.find_spec("triton") is not None
@@ -34,7 +34,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LEAST = {"batch": 2**25, "groups": 2**23, "rows": 2**25}
 """Elements from which the kernels are taken unasked.
 
-From the record of ``PROVEN`` (H200; tables in bench/gpu/README.md). The time of the device alone is less than torch's
+From the records of an H200 (tables in bench/gpu/README.md). The time of the device alone is less than torch's
 from 2^20 on, of rows from 2^22. A call from Python costs 0.1 to 0.4 milliseconds more than torch's, and from here on
 a loop of nothing but the norm is no slower for it, but for one row (group norm of 32x256x56x56, 0.94). Groups have a
 lower limit because torch's group norm leaves more to save. The same while a CUDA graph is captured, where calls cost
