@@ -26,6 +26,7 @@ _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
 }
 
+_PLAIN = (Tensor, nn.Parameter)
 Activation = str | Callable[[Tensor], Tensor] | None
 
 
@@ -57,20 +58,18 @@ def apply(y: Tensor, residual: Tensor | None, activation: Activation, *, fresh: 
     people do who write the steps by hand.
     """
     if residual is not None:
-        plain = type(residual) in (Tensor, nn.Parameter) and residual.dtype == y.dtype
+        plain = type(residual) in _PLAIN and residual.dtype == y.dtype
         y = y.add_(residual) if fresh and plain else y + residual
     if activation is None:
         return y
-    if fresh and (activation == "relu" or _is_plain_relu(activation)):
+    if fresh and (_is_plain_relu(activation) if type(activation) is nn.ReLU else activation == "relu"):
         return torch.relu_(y)
     if isinstance(activation, str):
         return _FUNCTIONS[_name(activation)](y)
     return activation(y)
 
 
-def _is_plain_relu(activation: Activation) -> bool:
-    if type(activation) is not nn.ReLU:
-        return False
+def _is_plain_relu(activation: nn.ReLU) -> bool:
     return not (activation._forward_hooks or activation._forward_pre_hooks or activation._backward_hooks)
 
 

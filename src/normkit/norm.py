@@ -9,9 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.parameter import is_lazy
+from torch.overrides import has_torch_function
 
 from normkit import dispatch, epilogue
 from normkit.vocabulary.spec import Spec, register
+
+_MODULE_CALL = nn.Module.__call__
+"""Which torch.fx puts its own in the place of while it traces."""
 
 
 class Norm(nn.Module):
@@ -36,8 +40,13 @@ class Norm(nn.Module):
             register(cls, spec, dim=dim, lazy=lazy)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if args and not kwargs and not isinstance(args[0], Proxy):  # the common case: small tensors feel every line
-            return super().__call__(*args)
+        if args and not isinstance(args[0], Proxy) and nn.Module.__call__ is _MODULE_CALL:  # nobody traces
+            for value in kwargs.values():
+                if isinstance(value, Proxy):
+                    break
+            else:  # small tensors feel every line, so what Module.__call__ does stands here
+                if self._compiled_call_impl is None:
+                    return self._call_impl(*args, **kwargs)
         for value in (*args, *kwargs.values()):
             if isinstance(value, Proxy):
                 return traced_as_leaf(self, value.tracer, args, kwargs)
@@ -57,7 +66,7 @@ class Norm(nn.Module):
         In the time of torch's own layer. ``None``: the long way decides, and tells errors of the operator in context.
         ``by_batch``: by the statistics of the input. ``writes``: the operator writes into more than its output.
         """
-        if torch.compiler.is_compiling() or not isinstance(x, Tensor):
+        if torch.compiler.is_compiling() or not isinstance(x, Tensor) or has_torch_function(arguments):
             return None
         activation = self.activation
         followed = residual is not None or activation is not None

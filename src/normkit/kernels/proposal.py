@@ -55,14 +55,19 @@ class Proposal:
 
     def is_of(self, mean: Tensor, var: Tensor, tracked: Tensor | None, skipped: Tensor | None) -> bool:
         """Whether it was made for these, as they are: ``.data =`` and ``resize_`` change what stays the same tensor."""
+        new_var = self.new_var
         return (
             mean is self.mean
             and var is self.var
             and tracked is self.tracked
             and skipped is self.skipped
-            and var.dtype == self.new_var.dtype
-            and var.shape == self.new_var.shape
-            and self.fits(mean, var, tracked, skipped)
+            and mean.dtype == var.dtype == new_var.dtype
+            and mean.shape == var.shape == new_var.shape
+            and mean.get_device() == var.get_device() == new_var.get_device()
+            and mean.is_contiguous()
+            and var.is_contiguous()
+            and (tracked is None or (tracked.dtype == torch.int64 and tracked.get_device() == new_var.get_device()))
+            and (skipped is None or (skipped.dtype == torch.int64 and skipped.get_device() == new_var.get_device()))
         )
 
     def begin(self) -> tuple[Tensor, Tensor]:

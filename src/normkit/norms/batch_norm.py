@@ -138,7 +138,8 @@ class _BatchNorm(Norm, RunningStatistics):
         if not plain or mask is not None or lengths is not None or step is not None:
             return self._by_policy(input, residual, mask, lengths, step)
         learning = self.training and not self.frozen
-        if (y := self._at_once(input, residual, learning)) is not None:
+        y = straight(self, input, residual) if learning else self._evaluate_straight(input, residual)
+        if y is not None:
             return y
         details: dict[str, Any] = {"activation": self.activation, "backend": self.backend}
         if residual is not None:
@@ -153,10 +154,8 @@ class _BatchNorm(Norm, RunningStatistics):
             SPEC, input, mean, var, self.weight, self.bias, by_batch=by_batch, momentum=0.0, eps=self.eps, **details
         )
 
-    def _at_once(self, x: Tensor, residual: Tensor | None, learning: bool) -> Tensor | None:
+    def _evaluate_straight(self, x: Tensor, residual: Tensor | None) -> Tensor | None:
         """Straight to torch's operator, where nothing is left to decide; ``None``: there is."""
-        if learning:
-            return straight(self, x, residual) if self.save == "input" and not torch.compiler.is_compiling() else None
         mean, var = self.running_mean, self.running_var
         if mean is None or torch.is_grad_enabled():  # a backward pass reads them again, when they may have moved
             return None

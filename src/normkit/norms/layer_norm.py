@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
-from torch.overrides import has_torch_function_variadic
 
 from normkit.dispatch import normalize
 from normkit.epilogue import Activation
@@ -87,7 +86,7 @@ def layer_norm(
         single_axis(SPEC, normalized_shape)
         by_torch = lambda: over_channels(x, lambda rows: F.layer_norm(rows, normalized_shape, weight, bias, eps))
     else:
-        by_torch = lambda: _by_torch(x, normalized_shape, weight, bias, eps)
+        by_torch = lambda: F.layer_norm(x, normalized_shape, weight, bias, eps)
     return normalize(
         SPEC,
         x,
@@ -103,12 +102,6 @@ def layer_norm(
         backend=backend,
         mask=mask,
     )
-
-
-def _by_torch(x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    if torch.compiler.is_compiling() or has_torch_function_variadic(x, weight, bias):
-        return F.layer_norm(x, shape, weight, bias, eps)
-    return torch.layer_norm(x, shape, weight, bias, eps)  # without what takes as long as all that is ours around it
 
 
 class LayerNorm(Norm, nn.LayerNorm, spec=SPEC):
@@ -180,7 +173,7 @@ class LayerNorm(Norm, nn.LayerNorm, spec=SPEC):
         """
         shape, weight, bias, eps = self.normalized_shape, self.weight, self.bias, self.eps
         if mask is None and lengths is None and not self.channels_first:
-            y = self._straight(input, residual, _by_torch, input, shape, weight, bias, eps)
+            y = self._straight(input, residual, torch.layer_norm, input, shape, weight, bias, eps)
             if y is not None:
                 return y
         return layer_norm(

@@ -25,12 +25,13 @@ _PLAIN = (Tensor, nn.Parameter)
 def straight(layer: Any, x: Tensor, residual: Tensor | None) -> Tensor | None:
     """The output for (n, c, s...), and the running statistics have moved. ``None``: not such a case, nothing was done.
 
-    ``layer`` trains on the statistics of the mini-batch. Not for compilers.
+    ``layer`` trains on the statistics of the mini-batch.
     """
-    momentum, eps = layer.momentum, layer.eps
-    if type(x) not in _PLAIN or momentum is None or eps <= 0 or has_torch_function_unary(x):
+    if torch.compiler.is_compiling() or layer.save != "input":
         return None
-    if recomputing() or x.numel() <= x.shape[1]:
+    if type(x) not in _PLAIN or layer.momentum is None or layer.eps <= 0 or has_torch_function_unary(x):
+        return None
+    if recomputing() or x.numel() <= x.shape[1] or (residual is not None and residual.shape != x.shape):
         return None
     parameters = layer._parameters  # torch's access by name costs a microsecond for each
     if "weight" not in parameters or "bias" not in parameters:  # computed, as under parametrize
@@ -39,9 +40,12 @@ def straight(layer: Any, x: Tensor, residual: Tensor | None) -> Tensor | None:
     proposal = _proposal(layer, weight, bias)
     if proposal is None:
         return None
-    y = layer._straight(x, residual, _by_batch, x, weight, bias, proposal, momentum, eps, writes=True)
-    if y is None and proposal.launches:
-        y = _on_kernels(layer, x, residual, weight, bias, proposal)
+    activation, y = layer.activation, None
+    followed = residual is not None or activation is not None
+    if dispatch.straight(layer.spec, x, activation, followed, layer.backend, writes=True):
+        y = _by_batch(layer, x, residual, weight, bias, activation, proposal)
+    elif proposal.launches:
+        y = _on_kernels(layer, x, residual, weight, bias, activation, proposal)
     if y is not None:
         proposal.settle()
     layer.hold.proposal = proposal
@@ -49,21 +53,28 @@ def straight(layer: Any, x: Tensor, residual: Tensor | None) -> Tensor | None:
 
 
 def _by_batch(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, proposal: dispatch.Proposal, momentum: float, eps: float
-) -> Tensor:
+    layer: Any, x: Tensor, residual: Tensor | None, weight: Any, bias: Any, activation: Any, proposal: dispatch.Proposal
+) -> Tensor | None:
     mean, var = proposal.begin()
-    y = torch.batch_norm(x, weight, bias, mean, var, True, momentum, eps, torch._C._get_cudnn_enabled())
-    return unambiguous(y) if 1 in x.shape else y
+    try:
+        y = torch.batch_norm(x, weight, bias, mean, var, True, layer.momentum, layer.eps, torch._C._get_cudnn_enabled())
+    except dispatch.ERRORS as error:
+        if type(error) not in dispatch.ERRORS:
+            raise
+        return None  # the long way tells it in its context
+    if 1 in x.shape:
+        y = unambiguous(y)
+    return dispatch.follow(layer.spec, x, weight, bias, y, residual, activation)
 
 
 def _on_kernels(
-    layer: Any, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, to: dispatch.Proposal
+    layer: Any, x: Tensor, residual: Tensor | None, weight: Any, bias: Any, activation: Any, to: dispatch.Proposal
 ) -> Tensor | None:
     """The kernels for GPUs read the running statistics and write what they propose."""
-    if residual is not None and (type(residual) not in _PLAIN or residual.shape != x.shape):
+    if residual is not None and type(residual) not in _PLAIN:
         return None
     call = Call(
-        layer.spec, x, weight, bias, _nobody_runs_it, layer.eps, residual=residual, activation=layer.activation,
+        layer.spec, x, weight, bias, _nobody_runs_it, layer.eps, residual=residual, activation=activation,
         running_mean=to.mean, running_var=to.var, moved=(to.new_mean, to.new_var), momentum=layer.momentum,
     )  # fmt: skip
     return dispatch.launched(call, layer.backend)
