@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import normkit as nk
@@ -254,23 +255,30 @@ def results(root: Path) -> str:
 
 def cost_of_a_call(root: Path) -> str:
     """What a layer on the torch backend takes longer than torch's: microseconds where small, percent where large."""
-    file = root / OVERHEAD / "bench.jsonl"
-    if not file.exists():
+    files = sorted((root / OVERHEAD).glob("*/bench.jsonl"))
+    if not files:
         return UNMEASURED
-    made, *records = read_lines(file)
-    own = [r for r in records if r.get("implementation") in ("normkit", "normkit:torch")]
-    taken = [r for r in own if r.get("backend") == "torch" and r.get("state") == "measured"]
-    taken = [r for r in taken if r["allocator"] == "default"]
+    runs = [read_lines(file) for file in files]
+    made = runs[0][0]
+    taken = [record for run in runs for record in run[1:] if _counts_as_call(record)]
     rows = []
     for op in dict.fromkeys(r["op"] for r in taken):
-        by_size = {r["reason"]: r for r in taken if r["op"] == op}
-        tiny = [_microseconds(by_size.get("tiny"), part) for part in ("forward", "step")]
-        rows.append([f"`{op}`", *tiny, *(_percent(by_size.get(size)) for size in ("1 MB", "4 MB"))])
-    header = ["layer", "tiny, forward", "tiny, forward and backward", "1 MB, both", "4 MB, both"]
+        of = lambda size, op=op: [r for r in taken if r["op"] == op and r["reason"] == size]
+        tiny = [_microseconds(of("tiny"), part) for part in ("forward", "step")]
+        large = [_percent(of(size), part) for size in ("1 MB", "4 MB") for part in ("forward", "step")]
+        rows.append([f"`{op}`", *tiny, *large])
+    header = ["layer", "tiny, forward", "tiny, both", "1 MB, forward", "1 MB, both", "4 MB, forward", "4 MB, both"]
+    times = "one run" if len(runs) == 1 else f"medians of {len(runs)} runs"
     return (
-        f"{table(header, rows)}\n\n{made['processor']}, {made['threads of torch']} threads, torch {made['torch']}: "
-        f"`{made['command']}`, [every number](../{OVERHEAD}/report.md). ~: the machine was busy."
+        f"{table(header, rows)}\n\n{made['processor']}, {made['threads of torch']} threads, torch {made['torch']}, "
+        f"{times}: {_links(files, root, '../')}. ~: the machine was busy."
     )
+
+
+def _counts_as_call(record: dict[str, Any]) -> bool:
+    """A time of normkit's layer on torch's operators, in memory as the C library is by default."""
+    named = record.get("implementation") in ("normkit", "normkit:torch") and record.get("backend") == "torch"
+    return named and record.get("state") == "measured" and record["allocator"] == "default"
 
 
 def speed(root: Path) -> str:
@@ -292,17 +300,17 @@ def speed(root: Path) -> str:
     parts.append(
         "Forward and backward, times as fast as torch's own layer with in-place addition and ReLU: geometric mean over "
         f"shapes (least to greatest), {times}. {made['processor']}, {made['threads of torch']} threads, instruction "
-        f"set {made['compiled kernels'].split(',')[0]}, torch {made['torch']}. Every shape: {_links(files)}."
+        f"set {made['compiled kernels'].split(',')[0]}, torch {made['torch']}. Every shape: {_links(files, root)}."
     )
     return "\n\n".join(parts)
 
 
-def _links(files: list[Path]) -> str:
-    """The pages of the runs, each with the command that makes it again."""
+def _links(files: list[Path], root: Path, up: str = "") -> str:
+    """The pages of the runs, each with the command that makes it again; ``up``: from where the page is."""
     told = []
     for file in files:
-        where, command = SPEEDS / file.parent.name, read_lines(file)[0]["command"]
-        told.append(f"[{file.parent.name}]({where}/report.md), `{command}`")
+        where, command = file.parent.relative_to(root), read_lines(file)[0]["command"]
+        told.append(f"[{where.name}]({up}{where}/report.md), `{command}`")
     return "; ".join(told)
 
 
@@ -753,16 +761,20 @@ def healthy_table(record: dict[str, Any]) -> str:
     )
 
 
-def _microseconds(record: dict[str, Any] | None, part: str) -> str:
-    return "" if record is None else f"{_busy(record)}{record[part]['extra_us']['value']:+.1f} µs"
+def _microseconds(records: list[dict[str, Any]], part: str) -> str:
+    """Median over runs."""
+    extra = [record[part]["extra_us"]["value"] for record in records]
+    return f"{_busy(records)}{median(extra):+.1f} µs" if extra else ""
 
 
-def _percent(record: dict[str, Any] | None) -> str:
-    return "" if record is None else f"{_busy(record)}{100 / record['step']['speedup']['value'] - 100:+.1f} %"
+def _percent(records: list[dict[str, Any]], part: str) -> str:
+    """Median over runs."""
+    extra = [100 / record[part]["speedup"]["value"] - 100 for record in records]
+    return f"{_busy(records)}{median(extra):+.1f} %" if extra else ""
 
 
-def _busy(record: dict[str, Any]) -> str:
-    return "" if record["quiet"] else "~"
+def _busy(records: list[dict[str, Any]]) -> str:
+    return "" if all(record["quiet"] for record in records) else "~"
 
 
 def between_marks(page: str, text: str, name: str, content: str) -> str:

@@ -83,11 +83,14 @@ def test_the_cost_of_a_call_is_that_of_the_committed_record(generate, monkeypatc
         timed("1 MB", 7.0, 1 / 1.02),
         timed("4 MB", -1.0, 1 / 0.99, quiet=False),
     ]
-    directory.mkdir()
-    (directory / "bench.jsonl").write_bytes(b"".join(encode_line(line) for line in lines))
+    for run, tiny in (("1", 6.25), ("2", 60.0), ("3", 2.0)):
+        (directory / run).mkdir(parents=True)
+        lines[1] = timed("tiny", tiny, 0.5)
+        (directory / run / "bench.jsonl").write_bytes(b"".join(encode_line(line) for line in lines))
     text = generate.benchmarks(page.read_text())
-    assert "| `layer_norm` | +6.2 µs | +6.2 µs | +2.0 % | ~-1.0 % |" in text
-    assert "a processor, 2 threads, torch 2.13.0: `normkit bench --op overhead`" in text
+    assert "| `layer_norm` | +6.2 µs | +6.2 µs | +2.0 % | +2.0 % | ~-1.0 % | ~-1.0 % |" in text
+    assert "a processor, 2 threads, torch 2.13.0, medians of 3 runs: [1](" in text
+    assert "report.md), `normkit bench --op overhead`" in text
     assert "99" not in text.partition("<!-- call:begin -->")[2].partition("<!-- call:end -->")[0]
     assert generate.main(["--check"]) == 1  # the page on the disk does not say so yet
 

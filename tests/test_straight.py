@@ -275,6 +275,10 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], Callable[..., Tensor]]] = {
         lambda: nk.LayerNorm(4, backend="torch"),
         lambda norm, x, **rest: nk.functional.layer_norm(x, (4,), norm.weight, norm.bias, **rest),
     ),
+    "rms": (
+        lambda: nk.RMSNorm(4, backend="torch"),
+        lambda norm, x, **rest: nk.functional.rms_norm(x, (4,), norm.weight, **rest),
+    ),
     "group": (
         lambda: nk.GroupNorm(3, 6, backend="torch"),
         lambda norm, x, **rest: nk.functional.group_norm(x, 3, norm.weight, norm.bias, **rest),
@@ -347,6 +351,17 @@ def test_evaluation_without_gradients_goes_straight_with_the_same_bits(dtype, ac
     long = norm(x.clone().requires_grad_())
     assert long.requires_grad
     assert torch.equal(long.detach(), expected)
+
+
+@pytest.mark.parametrize("make", [layer, *(make for make, _ in OTHERS.values())])
+def test_who_stands_in_for_the_call_of_all_modules_sees_these_too(make, monkeypatch):
+    """As tracers and profilers do."""
+    norm, seen, real = make(), [], nn.Module.__call__
+    monkeypatch.setattr(
+        nn.Module, "__call__", lambda self, *given, **named: seen.append(self) or real(self, *given, **named)
+    )
+    norm(batch(), residual=batch())
+    assert seen == [norm]
 
 
 def pruned(norm: nn.Module) -> None:

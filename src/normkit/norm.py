@@ -14,8 +14,8 @@ from torch.overrides import has_torch_function
 from normkit import dispatch, epilogue
 from normkit.vocabulary.spec import Spec, register
 
-_MODULE_CALL = nn.Module.__call__
-"""Which torch.fx puts its own in the place of while it traces."""
+_MODULE_CALL = nn.Module._wrapped_call_impl
+"""What ``Module.__call__`` is, as long as nobody puts something of theirs in its place, as torch.fx does to trace."""
 
 
 class Norm(nn.Module):
@@ -83,8 +83,8 @@ class Norm(nn.Module):
             return None
         if not followed:
             return y
-        own: Any = self
-        return dispatch.follow(self.spec, x, own.weight, own.bias, y, residual, activation)
+        weight, bias = getattr(self, "weight", None), getattr(self, "bias", None)  # RMS norm has no bias
+        return dispatch.follow(self.spec, x, weight, bias, y, residual, activation)
 
     def _set_options(self, activation: epilogue.Activation | type[nn.Module], backend: str | None) -> None:
         """The keyword-only options that every layer has."""

@@ -43,7 +43,6 @@ class Proposal:
     """A copy of mean and variance, which torch's operator moves, and which enters them if it is finite."""
 
     __slots__ = ("mean", "new_mean", "new_var", "skipped", "tracked", "var", "wide")
-    fits = staticmethod(ordinary)
     launches = False
     """Kernels for GPUs let the copies in, and can write them as well."""
 

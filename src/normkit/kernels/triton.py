@@ -181,7 +181,6 @@ class Launched(Proposal):
     """Running statistics on a GPU: two launches, where a fresh copy of each would take four."""
 
     __slots__ = ("_copies", "_settle")
-    fits = staticmethod(launchable)
     launches = True
 
     def __init__(self, mean: Tensor, var: Tensor, tracked: Tensor | None, skipped: Tensor | None) -> None:

@@ -170,10 +170,9 @@ class RMSNorm(Norm, nn.RMSNorm, spec=SPEC):
         ``mask`` or ``lengths`` say what is padding: see :func:`normkit.functional.rms_norm`.
         """
         shape, weight, eps = self.normalized_shape, self.weight, self.eps
-        if eps is None:
-            eps = machine_eps(input.dtype)
-        if mask is None and lengths is None and not self.channels_first:
-            y = self._straight(input, residual, torch.rms_norm, input, shape, weight, eps)
+        if mask is None and lengths is None and not self.channels_first and isinstance(input, Tensor):
+            known = machine_eps(input.dtype) if eps is None else eps
+            y = self._straight(input, residual, torch.rms_norm, input, shape, weight, known)
             if y is not None:
                 return y
         return rms_norm(
