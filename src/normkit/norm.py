@@ -71,7 +71,10 @@ class Norm(nn.Module):
         activation = self.activation
         followed = residual is not None or activation is not None
         writes = writes or followed
-        if not dispatch.straight(self.spec, x, activation, followed, self.backend, writes=writes, by_batch=by_batch):
+        by_name = self.backend == "torch" and not writes and dispatch._recording is None  # nothing to be asked
+        if not by_name and not dispatch.straight(
+            self.spec, x, activation, followed, self.backend, writes=writes, by_batch=by_batch
+        ):
             return None
         if residual is not None and residual.shape != x.shape:
             return None
