@@ -40,7 +40,7 @@ def straight(layer: Any, x: Tensor, residual: Tensor | None) -> Tensor | None:
     proposal = _proposal(layer, weight, bias)
     if proposal is None:
         return None
-    activation, y = layer.activation, None
+    activation, y = layer._modules.get("activation") or layer.activation, None
     followed = residual is not None or activation is not None
     if dispatch.straight(layer.spec, x, activation, followed, layer.backend, writes=True):
         y = _by_batch(layer, x, residual, weight, bias, activation, proposal)
