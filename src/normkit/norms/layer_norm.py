@@ -172,8 +172,9 @@ class LayerNorm(Norm, nn.LayerNorm, spec=SPEC):
         ``mask`` or ``lengths`` say what is padding: see :func:`normkit.functional.layer_norm`.
         """
         own, shape, eps = self._parameters, self.normalized_shape, self.eps
-        weight = own["weight"] if "weight" in own else self.weight  # torch's access by name takes a microsecond
-        bias = own["bias"] if "bias" in own else self.bias
+        # torch's access by name takes a microsecond
+        weight = own["weight"] if "weight" in own else self.weight  # noqa: SIM401
+        bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401
         if mask is None and lengths is None and not self.channels_first:
             y = self._straight(input, residual, torch.layer_norm, input, shape, weight, bias, eps)
             if y is not None:

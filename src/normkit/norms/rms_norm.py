@@ -170,7 +170,8 @@ class RMSNorm(Norm, nn.RMSNorm, spec=SPEC):
         ``mask`` or ``lengths`` say what is padding: see :func:`normkit.functional.rms_norm`.
         """
         own, shape, eps = self._parameters, self.normalized_shape, self.eps
-        weight = own["weight"] if "weight" in own else self.weight  # torch's access by name takes a microsecond
+        # torch's access by name takes a microsecond
+        weight = own["weight"] if "weight" in own else self.weight  # noqa: SIM401
         if mask is None and lengths is None and not self.channels_first and isinstance(input, Tensor):
             known = machine_eps(input.dtype) if eps is None else eps
             y = self._straight(input, residual, torch.rms_norm, input, shape, weight, known)

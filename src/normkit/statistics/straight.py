@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import _current_graph_task_id
 from torch.overrides import has_torch_function_unary
 
 from normkit import dispatch
 from normkit.call import Call
 from normkit.norm import unambiguous
 from normkit.statistics.buffers import RunningStatistics
-from normkit.statistics.recomputing import recomputing
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -31,7 +31,9 @@ def straight(layer: Any, x: Tensor, residual: Tensor | None) -> Tensor | None:
         return None
     if type(x) not in _PLAIN or layer.momentum is None or layer.eps <= 0 or has_torch_function_unary(x):
         return None
-    if recomputing() or x.numel() <= x.shape[1] or (residual is not None and residual.shape != x.shape):
+    if _current_graph_task_id() != -1 or x.numel() <= x.shape[1]:  # the former: recomputing
+        return None
+    if residual is not None and residual.shape != x.shape:
         return None
     parameters = layer._parameters  # torch's access by name costs a microsecond for each
     if "weight" not in parameters or "bias" not in parameters:  # computed, as under parametrize
