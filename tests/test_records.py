@@ -16,7 +16,7 @@ RECORDS = sorted((ROOT / "records" / "compare").glob("*"))
 SWEEPS = ("small-batches", "cut-batches")
 """Over the batch size, with a budget that their page states."""
 STRATEGIES = ("strategies", "strategies-text", "strategies-deep")
-SMALL_BUDGET = (*STRATEGIES, "deep-residual", "variants")
+SMALL_BUDGET = (*STRATEGIES, "deep-residual")
 """With a budget that their page states; every other record is a thorough comparison."""
 ADVERSARIAL = ("gan-ring",)
 """With ten seeds at least; the task has an option, so that its name is not the record's."""
@@ -29,6 +29,8 @@ ASKED = {
     "digits-vit": "digits-vit --arms 'layer, layer+qk:rms, rms, batch, batch+qk:rms, batch+ffn:batch, power:10%, rep, "
     "progressive:50%:10%, none'",
     "data-size": "data-size --sweep share=0.01,0.1,1",
+    "variants": "variants --arms 'none, batch, layer, rms, group:4, instance, switchable, frn:tlu, evonorm_s0:4, dyt, "
+    "power:20, evonorm_b0, grn, derf' --sweep batch-size=4,64",
     "gan-ring-thorough": "gan",
     "gan-digits": "gan --data digits",
 }
