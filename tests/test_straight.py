@@ -394,6 +394,15 @@ def test_a_weight_that_is_no_parameter(change):
     assert torch.equal(ours.running_var, torchs.running_var)
 
 
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+@pytest.mark.parametrize("change", [pruned, parametrized, of_buffers])
+def test_a_weight_of_another_norm_that_is_no_parameter(norm, change):
+    make, function = OTHERS[norm]
+    ours, x = make(), batch()
+    change(ours)
+    assert torch.equal(ours(x), function(ours, x, backend="torch"))
+
+
 def narrower(mean: Tensor, var: Tensor, room: Tensor) -> None:
     mean.data, var.data = room[:3].view(torch.float16), room[6:9].view(torch.float16)
 
