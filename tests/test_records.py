@@ -16,7 +16,6 @@ RECORDS = sorted((ROOT / "records" / "compare").glob("*"))
 SWEEPS = ("small-batches", "cut-batches")
 """Over the batch size, with a budget that their page states."""
 STRATEGIES = ("strategies", "strategies-text", "strategies-deep")
-SMALL_BUDGET = (*STRATEGIES, "deep-residual")
 """With a budget that their page states; every other record is a thorough comparison."""
 ADVERSARIAL = ("gan-ring",)
 """With ten seeds at least; the task has an option, so that its name is not the record's."""
@@ -29,6 +28,9 @@ ASKED = {
     "digits-vit": "digits-vit --arms 'layer, layer+qk:rms, rms, batch, batch+qk:rms, batch+ffn:batch, power:10%, rep, "
     "progressive:50%:10%, none'",
     "data-size": "data-size --sweep share=0.01,0.1,1",
+    "deep-residual": "digits-deep --arms 'none, none+residual:none, batch, batch+residual:none, layer, "
+    "none+residual:skipinit, none+residual:fixup, none+residual:normalizer-free, "
+    "none+residual:normalizer-free+clip:0.02' --sweep depth=10,50,200 --search-seeds 1",
     "variants": "variants --arms 'none, batch, layer, rms, group:4, instance, switchable, frn:tlu, evonorm_s0:4, dyt, "
     "power:20, evonorm_b0, grn, derf' --sweep batch-size=4,64",
     "gan-ring-thorough": "gan",
@@ -97,7 +99,7 @@ def test_a_record_is_a_run_that_its_command_makes_again_and_four_small_files(rec
         assert experiment["budget"] == "default"
         assert re.match(r"normkit compare digits-cnn --arms .* --sweep batch-size=", experiment["command"])
         assert f"--out records/compare/{record.name}" not in experiment["command"]  # the runs themselves are elsewhere
-    elif record.name in SMALL_BUDGET:
+    elif record.name in STRATEGIES:
         assert re.search(r"--seeds \d+ --search-seeds 1", experiment["command"])
         assert "--out" not in experiment["command"]
     elif record.name in ADVERSARIAL:
