@@ -107,7 +107,7 @@ SURGERY = Path("records") / "surgery"
 DOCTOR = Path("records") / "doctor"
 SPEEDS = Path("records") / "bench" / "cpu"
 """One directory per run of the benchmark."""
-UNMEASURED = f"No record of a quiet machine is committed yet; `normkit bench --op overhead --out {OVERHEAD}` makes one."
+UNMEASURED = f"No record is committed yet; `normkit bench --op overhead --out {OVERHEAD}/1` makes one."
 
 
 def families() -> list[Family]:

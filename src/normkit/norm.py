@@ -59,21 +59,19 @@ class Norm(nn.Module):
         operator: Callable[..., Tensor],
         *arguments: Any,
         by_batch: bool = True,
-        writes: bool = False,
     ) -> Tensor | None:
         """``operator(*arguments)`` of torch and what follows it, where this would run anyway.
 
         In the time of torch's own layer. ``None``: the long way decides, and tells errors of the operator in context.
-        ``by_batch``: by the statistics of the input. ``writes``: the operator writes into more than its output.
+        ``by_batch``: by the statistics of the input.
         """
         if torch.compiler.is_compiling() or not isinstance(x, Tensor) or has_torch_function(arguments):
             return None
         activation = self._modules.get("activation") or self.activation  # torch's access takes a microsecond
         followed = residual is not None or activation is not None
-        writes = writes or followed
-        by_name = self.backend == "torch" and not writes and dispatch._recording is None  # nothing to be asked
+        by_name = self.backend == "torch" and not followed and dispatch._recording is None  # nothing to be asked
         if not by_name and not dispatch.straight(
-            self.spec, x, activation, followed, self.backend, writes=writes, by_batch=by_batch
+            self.spec, x, activation, followed, self.backend, writes=followed, by_batch=by_batch
         ):
             return None
         if residual is not None and residual.shape != x.shape:
