@@ -121,7 +121,9 @@ template <> INLINE Halves raw<Halves, f16>(const f16* from, Part part) { return 
 #endif
 
 INLINE Floats widen(bf16, Halves bits) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX512F__)
+    return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)bits), 16);
+#elif defined(__AVX2__)
     return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)bits), 16);
 #else
     return (Floats)(__builtin_convertvector(bits, Words) << 16);
