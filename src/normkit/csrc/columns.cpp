@@ -177,7 +177,7 @@ template <class T> class Forwards {
   public:
     Forwards(const Work& work, const Forward& call)
         : work(work), call(call), g(work, call.threads), x(static_cast<const T*>(call.x)),
-          apply(Apply<T, const N*>::pick(work)), sums(arrays<N>(0, g, 3, call.threads)),
+          apply(Apply<T, Per::element>::pick(work)), sums(arrays<N>(0, g, 3, call.threads)),
           gathered(arrays<double>(1, g, 3, call.threads)), coefficients(arrays<N>(2, g, 2, call.threads)) {}
 
     void run() {
@@ -296,7 +296,7 @@ template <class T> class Forwards {
         for (int64_t i = 0; i < width; i += Output<T>::kRoom) {
             const int64_t n = width - i < Output<T>::kRoom ? width - i : Output<T>::kRoom, here = start + i;
             apply(work, x + here, call.residual ? static_cast<const T*>(call.residual) + here : nullptr,
-                  output.room(static_cast<T*>(call.y) + here, n), bits ? bits + i / 8 : nullptr, n, scale + i,
+                  output.room(static_cast<T*>(call.y) + here, n), bits ? bits + i / 8 : nullptr, 1, n, scale + i,
                   scale + g.padded + i);
         }
     }
@@ -305,7 +305,7 @@ template <class T> class Forwards {
     const Forward& call;
     const Geometry g;
     const T* x;
-    typename Apply<T, const N*>::Leaf apply;
+    typename Apply<T, Per::element>::Leaf apply;
     N* sums;
     double* gathered;
     N* coefficients;
@@ -322,7 +322,7 @@ template <class T> class Backwards {
     Backwards(const Work& work, const Backward& call)
         : work(work), call(call), g(work, call.threads), x(static_cast<const T*>(call.x)),
           dy(static_cast<const T*>(call.dy)), residual(static_cast<const T*>(call.residual)),
-          sum(TileSums<T>::pick(work)), gradient(Gradient<T, const N*>::pick(work)),
+          sum(TileSums<T>::pick(work)), gradient(Gradient<T, Per::element>::pick(work)),
           sums(arrays<N>(0, g, 2, call.threads)), gathered(arrays<double>(1, g, 2, call.threads)),
           columns(arrays<N>(2, g, kColumns, call.threads)),
           totals(static_cast<double*>(
@@ -484,7 +484,7 @@ template <class T> class Backwards {
             const auto from = [=](Column which) { return column + which * g.padded + i; };
             gradient(work, x + here, dy + here, residual ? residual + here : nullptr,
                      call.bits ? bits(section, run) + i / 8 : nullptr, dx ? to_x.room(dx + here, n) : nullptr,
-                     dr ? to_residual.room(dr + here, n) : nullptr, n,
+                     dr ? to_residual.room(dr + here, n) : nullptr, 1, n,
                      {from(kP), from(kQ), from(kR), from(kScale), from(kShift)});
         }
     }
@@ -506,7 +506,7 @@ template <class T> class Backwards {
     const Geometry g;
     const T *x, *dy, *residual;
     typename TileSums<T>::Leaf sum;
-    typename Gradient<T, const N*>::Leaf gradient;
+    typename Gradient<T, Per::element>::Leaf gradient;
     N* sums;
     double* gathered;
     N* columns;

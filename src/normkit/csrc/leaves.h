@@ -1,5 +1,5 @@
-// The inner loops over one run of neighbouring elements. A coefficient is one number for the whole run, or one number
-// per element. Everything else in this folder decides only which runs, in which order, on which thread.
+// The inner loops over runs of neighbouring elements. There is one coefficient per run, or one per element of a single run.
+// Everything else in this folder decides only which runs, in which order, on which thread.
 #pragma once
 
 #include <type_traits>
@@ -8,10 +8,22 @@
 
 namespace normkit::NORMKIT_ISA {
 
-template <class T> INLINE Lanes<T> at(Number<T> value, int64_t) { return all(value); }
-template <class T> INLINE Lanes<T> at(const Number<T>* values, int64_t i) { return load(values + i, Whole{}); }
-// Arrays of coefficients are padded, so that the last register may be read whole.
+// How many elements a coefficient belongs to. Arrays with one per element are padded, so that the last register may be read
+// whole.
+enum class Per { run, element };
 constexpr int64_t kPadding = 16;
+
+template <class T, Per per> struct Coefficient {
+    INLINE Coefficient(const Number<T>* from, int64_t run) : from(from) {
+        if constexpr (per == Per::run) value = all(from[run]);
+    }
+    INLINE Lanes<T> operator()(int64_t i) const {
+        if constexpr (per == Per::run) return value;
+        return load(from + i, Whole{});
+    }
+    const Number<T>* from;
+    Lanes<T> value;
+};
 
 // What a loop knows while it is compiled. `any` knows nothing and looks for every register; that branch always goes the
 // same way. float64 and float16 have no other loop, but for a norm with nothing behind it; a baseline that stands beside
@@ -73,10 +85,13 @@ template <Gate g, class V> INLINE V gated(V dy, V z, Activation kind, V slope) {
     return gated(dy, z, kind, slope);
 }
 
+// Whether finding dz takes so long that it is worth writing down between two passes.
+template <Gate g> constexpr bool kCurved = g == Gate::silu || g == Gate::any;
+
 // v = x, and dz = dy through the activation of z = x * scale + shift + residual, for the elements from `at` on, whose bits
 // begin at `bit`.
-template <Gate g, class T, class M>
-INLINE void look(Activation kind, const T* x, const T* dy, const T* r, int64_t at, const uint8_t* bits, int64_t bit,
+template <Gate g, class T, class D, class M>
+INLINE void look(Activation kind, const T* x, const D* dy, const T* r, int64_t at, const uint8_t* bits, int64_t bit,
                  M m, Lanes<T> scale, Lanes<T> shift, Lanes<T> slope, Lanes<T>& v, Lanes<T>& dz) {
     v = load(x + at, m);
     dz = load(dy + at, m);
@@ -94,53 +109,68 @@ INLINE void look(Activation kind, const T* x, const T* dy, const T* r, int64_t a
     }
 }
 
-// y = activation(x * scale + shift + residual)
-template <class T, class C> struct Apply {
-    using Leaf = void (*)(const Work&, const T* x, const T* residual, T* y, uint8_t* bits, int64_t n, C scale, C shift);
+// y = activation(x * scale + shift + residual), for `runs` runs of n elements each, side by side.
+template <class T, Per per> struct Apply {
+    using N = Number<T>;
+    using Leaf = void (*)(const Work&, const T* x, const T* residual, T* y, uint8_t* bits, int64_t runs, int64_t n,
+                          const N* scale, const N* shift);
 
     template <Epilogue e, bool residual>
-    static void leaf(const Work& work, const T* x, const T* r, T* y, uint8_t* bits, int64_t n, C scale, C shift) {
-        const Lanes<T> slope = all(static_cast<Number<T>>(work.slope));
+    static void leaf(const Work& work, const T* x, const T* r, T* y, uint8_t* bits, int64_t runs, int64_t n,
+                     const N* scale, const N* shift) {
+        const Lanes<T> slope = all(static_cast<N>(work.slope));
         const Activation kind = work.activation;
-        sweep<width<T>, e != Epilogue::any>(n, [&](int64_t i, auto m) __attribute__((always_inline)) {
-            Lanes<T> z = load(x + i, m) * at<T>(scale, i) + at<T>(shift, i);
-            if constexpr (residual)
-                if (r) z += load(r + i, m);
-            if constexpr (residual && (e == Epilogue::relu || e == Epilogue::any))
-                if (bits) put_bits(bits, i, above_zero(z), z);
-            store(y + i, activated<e>(z, kind, slope), m);
-        });
+        for (int64_t run = 0; run < runs; ++run) {
+            const Coefficient<T, per> a(scale, run), b(shift, run);
+            sweep<width<T>, e != Epilogue::any>(n, [&](int64_t i, auto m) __attribute__((always_inline)) {
+                Lanes<T> z = load(x + i, m) * a(i) + b(i);
+                if constexpr (residual) z += load(r + i, m);
+                if constexpr (residual && (e == Epilogue::relu || e == Epilogue::any))
+                    if (bits) put_bits(bits, i, above_zero(z), z);
+                store(y + i, activated<e>(z, kind, slope), m);
+            });
+            x += n, y += n;
+            if constexpr (residual) r += n;
+            if (bits) bits += bit_bytes(n);
+        }
     }
 
     static Leaf pick(const Work& work) {
         return for_epilogue<T, Epilogue::none, Epilogue::relu, Epilogue::silu>(work, [&](auto e) -> Leaf {
             constexpr Epilogue own = decltype(e)::value;
-            if constexpr (own == Epilogue::none || own == Epilogue::relu)
-                if (!work.residual) return leaf<own, false>;
-            return leaf<own, true>;
+            return work.residual ? leaf<own, true> : leaf<own, false>;
         });
     }
 };
 
-// dz = dy through the activation; dx = dz * p + x * q + r
-template <class T, class C> struct Gradient {
+// dz = dy through the activation; dx = dz * p + x * q + r. `D`: what dy is stored as.
+template <class T, Per per, class D = T> struct Gradient {
+    using N = Number<T>;
     struct Coefficients {
-        C p, q, r, scale, shift;
+        const N *p, *q, *r, *scale, *shift;
     };
-    using Leaf = void (*)(const Work&, const T* x, const T* dy, const T* residual, const uint8_t* bits, T* dx,
-                          T* dresidual, int64_t n, Coefficients c);
+    using Leaf = void (*)(const Work&, const T* x, const D* dy, const T* residual, const uint8_t* bits, T* dx,
+                          T* dresidual, int64_t runs, int64_t n, Coefficients c);
 
     template <Gate g>
-    static void leaf(const Work& work, const T* x, const T* dy, const T* r, const uint8_t* bits, T* dx, T* dr,
-                     int64_t n, Coefficients c) {
-        const Lanes<T> slope = all(static_cast<Number<T>>(work.slope));
+    static void leaf(const Work& work, const T* x, const D* dy, const T* r, const uint8_t* bits, T* dx, T* dr,
+                     int64_t runs, int64_t n, Coefficients c) {
+        const Lanes<T> slope = all(static_cast<N>(work.slope));
         const Activation kind = work.activation;
-        sweep<width<T>, g != Gate::any>(n, [&](int64_t i, auto m) __attribute__((always_inline)) {
-            Lanes<T> v, dz;
-            look<g>(kind, x, dy, r, i, bits, i, m, at<T>(c.scale, i), at<T>(c.shift, i), slope, v, dz);
-            if (dx) store(dx + i, dz * at<T>(c.p, i) + (v * at<T>(c.q, i) + at<T>(c.r, i)), m);
-            if (dr) store(dr + i, dz, m);
-        });
+        for (int64_t run = 0; run < runs; ++run) {
+            const Coefficient<T, per> cp(c.p, run), cq(c.q, run), cr(c.r, run), scale(c.scale, run), shift(c.shift, run);
+            sweep<width<T>, g != Gate::any>(n, [&](int64_t i, auto m) __attribute__((always_inline)) {
+                Lanes<T> v, dz;
+                look<g>(kind, x, dy, r, i, bits, i, m, scale(i), shift(i), slope, v, dz);
+                if (dx) store(dx + i, dz * cp(i) + (v * cq(i) + cr(i)), m);
+                if (dr) store(dr + i, dz, m);
+            });
+            x += n, dy += n;
+            if (r) r += n;
+            if (dx) dx += n;
+            if (dr) dr += n;
+            if (bits) bits += bit_bytes(n);
+        }
     }
 
     static Leaf pick(const Work& work) {
@@ -149,25 +179,36 @@ template <class T, class C> struct Gradient {
     }
 };
 
-// Sums over a run with one coefficient: of dz and of dz (x - mean).
+// Sums over runs, one pair per run: of dz, and of dz (x - mean). dz is kept where `keep` points.
 template <class T> struct RunSums {
-    using Leaf = void (*)(const Work&, const T* x, const T* dy, const T* residual, const uint8_t* bits, int64_t n,
-                          Number<T> mean, Number<T> scale, Number<T> shift, Lanes<T>* sums);
+    using N = Number<T>;
+    using Sums = Lanes<T>[2];
+    using Leaf = void (*)(const Work&, const T* x, const T* dy, const T* residual, const uint8_t* bits, N* keep,
+                          int64_t runs, int64_t n, const N* mean, const N* scale, const N* shift, Sums* sums);
 
     template <Gate g>
-    static void leaf(const Work& work, const T* x, const T* dy, const T* r, const uint8_t* bits, int64_t n,
-                     Number<T> mean, Number<T> scale, Number<T> shift, Lanes<T>* sums) {
-        const Lanes<T> slope = all(static_cast<Number<T>>(work.slope));
+    static void leaf(const Work& work, const T* x, const T* dy, const T* r, const uint8_t* bits, N* keep, int64_t runs,
+                     int64_t n, const N* mean, const N* scale, const N* shift, Sums* sums) {
+        const Lanes<T> slope = all(static_cast<N>(work.slope));
         const Activation kind = work.activation;
-        Lanes<T> one[4]{}, two[4]{};
-        sweep_sums<width<T>, g != Gate::any>(n, [&](int64_t i, auto m, int k) __attribute__((always_inline)) {
-            Lanes<T> v, dz;
-            look<g>(kind, x, dy, r, i, bits, i, m, all(scale), all(shift), slope, v, dz);
-            one[k] += dz;
-            two[k] += dz * (v - mean);
-        });
-        sums[0] += (one[0] + one[1]) + (one[2] + one[3]);
-        sums[1] += (two[0] + two[1]) + (two[2] + two[3]);
+        for (int64_t run = 0; run < runs; ++run) {
+            const Coefficient<T, Per::run> centre(mean, run), a(scale, run), b(shift, run);
+            Lanes<T> one[4]{}, two[4]{};
+            sweep_sums<width<T>, g != Gate::any>(n, [&](int64_t i, auto m, int k) __attribute__((always_inline)) {
+                Lanes<T> v, dz;
+                look<g>(kind, x, dy, r, i, bits, i, m, a(i), b(i), slope, v, dz);
+                if constexpr (kCurved<g>)
+                    if (keep) store(keep + i, dz, m);
+                one[k] += dz;
+                two[k] += dz * (v - centre(i));
+            });
+            sums[run][0] += (one[0] + one[1]) + (one[2] + one[3]);
+            sums[run][1] += (two[0] + two[1]) + (two[2] + two[3]);
+            x += n, dy += n;
+            if (r) r += n;
+            if (keep) keep += n;
+            if (bits) bits += bit_bytes(n);
+        }
     }
 
     static Leaf pick(const Work& work) {
@@ -176,16 +217,19 @@ template <class T> struct RunSums {
     }
 };
 
-// Adds to sums: x - shift, and its square.
-template <class T> void run_moments(const T* x, int64_t n, Number<T> shift, Lanes<T>* sums) {
-    Lanes<T> one[4]{}, two[4]{};
-    sweep_sums<width<T>>(n, [&](int64_t i, auto m, int k) __attribute__((always_inline)) {
-        const Lanes<T> d = only(load(x + i, m) - shift, m);
-        one[k] += d;
-        two[k] += d * d;
-    });
-    sums[0] += (one[0] + one[1]) + (one[2] + one[3]);
-    sums[1] += (two[0] + two[1]) + (two[2] + two[3]);
+// Adds to the sums of each run: x - shift, and its square.
+template <class T> void run_moments(const T* x, int64_t runs, int64_t n, const Number<T>* shift, Lanes<T> (*sums)[2]) {
+    for (int64_t run = 0; run < runs; ++run, x += n) {
+        Lanes<T> one[4]{}, two[4]{};
+        const Lanes<T> around = all(shift[run]);
+        sweep_sums<width<T>>(n, [&](int64_t i, auto m, int k) __attribute__((always_inline)) {
+            const Lanes<T> d = only(load(x + i, m) - around, m);
+            one[k] += d;
+            two[k] += d * d;
+        });
+        sums[run][0] += (one[0] + one[1]) + (one[2] + one[3]);
+        sums[run][1] += (two[0] + two[1]) + (two[2] + two[3]);
+    }
 }
 
 template <class T> double run_sum(const T* x, int64_t n) {

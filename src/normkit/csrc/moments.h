@@ -21,44 +21,12 @@ struct Moments {
 
 constexpr int64_t kStretch = 2048;  // elements that may be summed in float before they go into double
 
-// The moments of one statistic while its runs pass by.
-template <class T> struct Gathering {
-    Lanes<T> sums[2]{};
-    int64_t pending = 0;
-    Number<T> shift = 0;
-    Moments moments;
-
-    void add(const T* x, int64_t n) {
-        for (int64_t i = 0; i < n; i += kStretch) {
-            const int64_t length = n - i < kStretch ? n - i : kStretch;
-            run_moments<T>(x + i, length, shift, sums);
-            pending += length;
-            if (pending >= kStretch) settle();
-        }
-    }
-    void settle() {
-        if (!pending) return;
-        const double s = total(sums[0]), q = total(sums[1]), offset = s / static_cast<double>(pending);
-        const double m2 = q - s * offset;
-        moments.merge(static_cast<double>(pending), shift + offset, m2 < 0 ? 0 : m2);
-        shift = static_cast<Number<T>>(moments.mean);
-        sums[0] = sums[1] = Lanes<T>{};
-        pending = 0;
-    }
-};
-
-// Sums of dz and dz (x - mean) of one statistic while its runs pass by.
-template <class T> struct Summing {
-    Lanes<T> sums[2]{};
-    int64_t pending = 0;
-    double dz = 0, dz_x = 0;
-
-    void settle() {
-        dz += total(sums[0]);
-        dz_x += total(sums[1]);
-        sums[0] = sums[1] = Lanes<T>{};
-        pending = 0;
-    }
-};
+// Merges what one statistic's sums hold after `count` values, and begins them anew around the mean so far.
+template <class T> INLINE void settle(Lanes<T>* sums, double count, Number<T>& shift, Moments& moments) {
+    const double s = total(sums[0]), q = total(sums[1]), offset = s / count, m2 = q - s * offset;
+    moments.merge(count, shift + offset, m2 < 0 ? 0 : m2);
+    shift = static_cast<Number<T>>(moments.mean);
+    sums[0] = sums[1] = Lanes<T>{};
+}
 
 }  // namespace normkit::NORMKIT_ISA

@@ -27,7 +27,7 @@ template <class T> class Output {
         return out;
     }
 
-    static constexpr int64_t kRoom = 8192 / sizeof(T);
+    static constexpr int64_t kRoom = sizeof(T) == 8 ? 2048 : 8192 / sizeof(T);
 
   private:
     void flush() {

@@ -39,10 +39,10 @@ template <class T> Moments measure(const T* x, int64_t n, bool center) {
     const N mean = static_cast<N>(sum / static_cast<double>(n));
     double rest = 0;  // what rounding the mean left over
     for (int64_t i = 0; i < n; i += kStretch) {
-        Lanes<T> sums[2]{};
-        run_moments<T>(x + i, n - i < kStretch ? n - i : kStretch, mean, sums);
-        rest += total(sums[0]);
-        m2 += total(sums[1]);
+        Lanes<T> sums[1][2]{};
+        run_moments<T>(x + i, 1, n - i < kStretch ? n - i : kStretch, &mean, sums);
+        rest += total(sums[0][0]);
+        m2 += total(sums[0][1]);
     }
     Moments out;
     out.count = static_cast<double>(n);
