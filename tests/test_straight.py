@@ -1,4 +1,5 @@
-"""Plain batch norm that goes straight to torch's operator does what the long way does, and leaves the rest to it."""
+"""Plain batch norm that goes straight to torch's operator, or to a kernel, does what the long way does, and leaves the rest
+to it."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ STATE = ("running_mean", "running_var", "num_batches_tracked", "num_batches_skip
 
 def layer(**options: object) -> nk.BatchNorm2d:
     torch.manual_seed(0)
-    made = nk.BatchNorm2d(6, backend="torch", **options)
+    made = nk.BatchNorm2d(6, backend=BACKEND, **options)
     with torch.no_grad():
         made.weight.normal_()
         made.bias.normal_()
@@ -33,16 +34,21 @@ def batch(*shape: int, scale: float = 3.0) -> Tensor:
     return (torch.randn(*(shape or (5, 6, 3, 4))) * scale + 1).requires_grad_()
 
 
+BACKEND = "torch"
+ALIKE: dict[str, dict[str, float]] = {"torch": {"rtol": 0, "atol": 0}, "native": {}}
+"""How nearly the numbers are those of torch's layer."""
 WAYS = ("compiled", "in torch's operators", *(["launched"] if triton.INTERPRETED else []))
 """The last is for GPUs: tests/test_triton.py runs it in Triton's interpreter."""
 
 
 @pytest.fixture(params=WAYS, autouse=True)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What copies the running statistics and lets them in."""
+    """What copies the running statistics and lets them in; and who runs."""
+    if request.param == "kernels":
+        monkeypatch.setitem(globals(), "BACKEND", "native")
     if request.param == "launched":
         monkeypatch.setattr(dispatch, "proposal", launched)
-    elif request.param != "compiled":
+    elif request.param == "in torch's operators":
         monkeypatch.setattr(loading, "module", None)
     elif loading.module is None:
         pytest.skip(loading.absence)
@@ -50,6 +56,9 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
 
 def launched(*statistics: Tensor | None) -> triton.Launched | None:
     return triton.Launched(*statistics) if triton.launchable(*statistics) else None
+
+
+also_by_kernels = pytest.mark.parametrize("way", [*WAYS, "kernels"], indirect=True)
 
 
 @pytest.fixture
@@ -77,6 +86,7 @@ def long_way(norm: nn.Module, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
 straight = batch_norm.straight
 
 
+@also_by_kernels
 @pytest.mark.parametrize("shape", [(5, 6, 3, 4), (1, 6, 3, 4), (7, 6, 1, 1), (4, 6, 5, 1)], ids=str)
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("activation", [None, "relu", "silu"])
@@ -132,7 +142,6 @@ def checkpointed(norm: nk.BatchNorm2d, x: Tensor) -> None:
 
 
 ELSEWHERE: dict[str, tuple[dict, Callable[[nk.BatchNorm2d, Tensor], object], list[bool]]] = {
-    "kernels": ({"backend": "native"}, lambda norm, x: norm(x), [False]),
     "reference": ({"backend": "reference"}, lambda norm, x: norm(x), [False]),
     "average of all": ({"momentum": None}, lambda norm, x: norm(x), [False]),
     "no statistics": ({"track_running_stats": False}, lambda norm, x: norm(x), [False]),
@@ -151,13 +160,12 @@ ELSEWHERE: dict[str, tuple[dict, Callable[[nk.BatchNorm2d, Tensor], object], lis
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, in forward mode
 @pytest.mark.parametrize("why", ELSEWHERE)
 def test_all_else_goes_the_long_way(why, ways):
-    if why == "kernels" and loading.module is None:
-        pytest.skip("there are none")
     options, call, expected = ELSEWHERE[why]
     call(nk.BatchNorm2d(6, **{"backend": "torch", **options}), batch())
     assert ways() == expected
 
 
+@also_by_kernels
 def test_a_checkpoint_around_it_counts_the_batch_once_and_has_the_same_gradient():
     norm, plain, x = layer(activation="relu"), layer(activation="relu"), batch()
     y = torch.utils.checkpoint.checkpoint(norm, x, use_reentrant=False)
@@ -169,6 +177,7 @@ def test_a_checkpoint_around_it_counts_the_batch_once_and_has_the_same_gradient(
     assert torch.equal(norm.running_mean, plain.running_mean)
 
 
+@also_by_kernels
 def test_two_forward_passes_before_the_backward_passes():
     """The copies of the first call are written over by the second."""
     norm, alone = layer(), [layer(), layer()]
@@ -190,6 +199,7 @@ def test_second_derivatives():
     assert torch.autograd.gradgradcheck(norm, (x,))
 
 
+@also_by_kernels
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_moves_nothing_and_is_counted(value, ways):
     norm, before = layer(), copy.deepcopy(layer().state_dict())
@@ -202,6 +212,7 @@ def test_what_is_not_finite_moves_nothing_and_is_counted(value, ways):
         assert torch.equal(number, before[name]), name
 
 
+@also_by_kernels
 def test_called_first_under_inference_mode_then_trained(ways):
     norm = layer()
     with torch.inference_mode():
@@ -232,6 +243,7 @@ def load(norm: nk.BatchNorm2d) -> None:
     norm.load_state_dict(layer().state_dict(), assign=True)
 
 
+@also_by_kernels
 @pytest.mark.parametrize("change", [to_double, put_elsewhere, replace_data, replace_buffers, load])
 def test_it_moves_the_running_statistics_that_the_layer_has_now(change, ways):
     norm = layer()
@@ -244,8 +256,8 @@ def test_it_moves_the_running_statistics_that_the_layer_has_now(change, ways):
     norm(x)
     expected(x)
     assert ways() == [True, True]
-    torch.testing.assert_close(norm.running_mean, expected.running_mean, rtol=0, atol=0)
-    torch.testing.assert_close(norm.running_var, expected.running_var, rtol=0, atol=0)
+    torch.testing.assert_close(norm.running_mean, expected.running_mean, **ALIKE[BACKEND])
+    torch.testing.assert_close(norm.running_var, expected.running_var, **ALIKE[BACKEND])
 
 
 @pytest.mark.parametrize(
@@ -262,6 +274,7 @@ def test_errors_are_those_of_the_long_way(shape, error, says):
     assert norm.num_batches_tracked == 0
 
 
+@also_by_kernels
 def test_a_residual_that_does_not_fit_is_refused_before_anything_moves():
     norm = layer()
     with pytest.raises(ValueError, match="the residual has the shape"):
@@ -383,6 +396,7 @@ def without_bias(norm: nn.Module) -> None:
     norm.bias = None
 
 
+@also_by_kernels
 @pytest.mark.parametrize("change", [pruned, parametrized, of_buffers, without_bias])
 def test_a_weight_that_is_no_parameter(change):
     ours, torchs = layer(), nn.BatchNorm2d(6)
@@ -390,8 +404,8 @@ def test_a_weight_that_is_no_parameter(change):
     change(ours)
     change(torchs)
     x = batch()
-    assert torch.equal(ours(x), torchs(x))
-    assert torch.equal(ours.running_var, torchs.running_var)
+    torch.testing.assert_close(ours(x), torchs(x), **ALIKE[BACKEND])
+    torch.testing.assert_close(ours.running_var, torchs.running_var, **ALIKE[BACKEND])
 
 
 @pytest.mark.parametrize("norm", ["layer", "rms"])

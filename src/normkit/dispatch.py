@@ -191,15 +191,25 @@ def straight(
     )
 
 
-def launched(call: Call, backend: str | None) -> Tensor | None:
-    """The output, where the Triton kernels run for sure and what they move is ``moved``; ``None``: not for sure."""
+def by_kernels(call: Call, backend: str | None) -> Tensor | None:
+    """The output of batch norm in training, where kernels run for sure; ``None``: not for sure.
+
+    What they move is ``moved``, or without it the running statistics of the call.
+    """
+    kernels = NATIVE if call.x.is_cpu and call.moved is None else TRITON
     name = backend or _active
-    if _recording is not None or native._is_watched() or not (BACKENDS.keys() <= _OURS and triton.PROVEN):
+    if _recording is not None or not BACKENDS.keys() <= _OURS or (kernels is TRITON and not triton.PROVEN):
         return None
-    if name != "triton" and (name != "auto" or _torch_is_faster(call.spec, call.over, call.x, None, False, True)):
+    if name == "auto":
+        followed = call.residual is not None or call.activation is not None
+        if _torch_is_faster(call.spec, call.over, call.x, call.activation, followed, True):
+            return None
+    elif name != kernels.name:
         return None
     try:
-        return triton.at_once(call)
+        if kernels is TRITON:
+            return None if native._is_watched() else triton.at_once(call)
+        return None if native.reasons_against(call) else native.run(call)
     except ERRORS as error:
         if type(error) not in ERRORS:
             raise

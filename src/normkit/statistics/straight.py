@@ -1,5 +1,5 @@
-"""Plain batch norm in training, straight to torch's operator or to the kernels for GPUs: :func:`train` without what has
-nothing to decide here.
+"""Plain batch norm in training, straight to torch's operator or to the kernels: :func:`train` without what has nothing to
+decide here.
 
 The same numbers, the same running statistics and the same errors, in about the time of torch's own layer, which small
 networks feel (``normkit bench --op overhead``).
@@ -46,7 +46,7 @@ def straight(layer: Any, x: Tensor, residual: Tensor | None) -> Tensor | None:
     followed = residual is not None or activation is not None
     if dispatch.straight(layer.spec, x, activation, followed, layer.backend, writes=True):
         y = _by_batch(layer, x, residual, weight, bias, activation, proposal)
-    elif proposal.launches:
+    else:
         y = _on_kernels(layer, x, residual, weight, bias, activation, proposal)
     if y is not None:
         proposal.settle()
@@ -72,14 +72,20 @@ def _by_batch(
 def _on_kernels(
     layer: Any, x: Tensor, residual: Tensor | None, weight: Any, bias: Any, activation: Any, to: dispatch.Proposal
 ) -> Tensor | None:
-    """The kernels for GPUs read the running statistics and write what they propose."""
+    """The kernels for GPUs read the running statistics and write what they propose; those for the CPU move a copy."""
     if residual is not None and type(residual) not in _PLAIN:
+        return None
+    if to.launches:
+        (mean, var), moved = (to.mean, to.var), (to.new_mean, to.new_var)
+    elif dispatch.may_be_read(x):
+        (mean, var), moved = to.begin(), None
+    else:
         return None
     call = Call(
         layer.spec, x, weight, bias, _nobody_runs_it, layer.eps, residual=residual, activation=activation,
-        running_mean=to.mean, running_var=to.var, moved=(to.new_mean, to.new_var), momentum=layer.momentum,
+        running_mean=mean, running_var=var, moved=moved, momentum=layer.momentum,
     )  # fmt: skip
-    return dispatch.launched(call, layer.backend)
+    return dispatch.by_kernels(call, layer.backend)
 
 
 def _nobody_runs_it() -> Tensor:
