@@ -20,15 +20,16 @@ if TYPE_CHECKING:
 
 BATCH, LAYER, GROUP, INSTANCE = "[n] c [s...]", "n... [c...]", "n (g [c]) [s...]", "n c [s...]"
 OVER_CHANNELS = "n [c] s..."
-SMALL = {BATCH: 5 * 2**15, LAYER: 2**20, GROUP: 2**21, INSTANCE: 2**16}
+SMALL = {BATCH: 2**17, LAYER: 2**20, GROUP: 2**21, INSTANCE: 2**16}
 """Elements up to which torch's one operator for a pattern is faster than a kernel, where nothing follows it. Torch has
 none for RMS norm: there a kernel is faster at any size."""
-SMALL_FUSED = {BATCH: 2**17, LAYER: 2**12, GROUP: 2**12, INSTANCE: 2**14}
+SMALL_FUSED = {BATCH: 2**16, LAYER: 2**12, GROUP: 3 * 2**15, INSTANCE: 2**14}
 """The same where a residual or an activation follows, for which torch needs further operators."""
 BATCH_FORWARD, BATCH_FORWARD_FUSED = 2**22, 2**18
 """The same for batch norm in evaluation without gradients: torch's has one pass over memory to make."""
 NARROW = 256
-"""Rows of fewer values, and maps of group norm of up to a quarter as many, have more to begin and to end than to do."""
+"""Rows of fewer values, and maps of instance norm (a quarter as many where something follows), have more to begin and to end
+than to do."""
 COMPILED, COMPILED_RELU = 2**21, 2**14
 """Elements from which on a compiler puts these kernels into its graph as operators."""
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -88,7 +89,7 @@ def torch_is_faster(
 ) -> bool:
     """Whether torch's operators do the same in less time.
 
-    Limits found on machines with two cores: those of batch and instance norm with AVX-512, the others with AVX2.
+    Limits found on machines with two cores: those of layer norm with AVX2, the others with AVX-512.
     """
     if over == BATCH and not by_batch and not torch.is_grad_enabled():
         return x.numel() < (BATCH_FORWARD_FUSED if fused else BATCH_FORWARD) or _is_gelu(activation, fused)
@@ -114,11 +115,10 @@ def _layer(x: Tensor, fused: bool, gelu: bool) -> bool:
 
 
 def _group(x: Tensor, fused: bool, gelu: bool) -> bool:
-    if fused:
-        small_maps = 1 < x.shape[2:].numel() <= NARROW // 4 and x.is_contiguous()
-        return gelu or x.numel() < SMALL_FUSED[GROUP] or small_maps
-    channels_last = not x.is_contiguous()
-    return x.numel() < SMALL[GROUP] // (2 if channels_last else 1) or not (x.element_size() >= 4 or channels_last)
+    half, channels_last = x.element_size() < 4, not x.is_contiguous()
+    if fused:  # torch's operators take several times as long for 16 bits that lie channels-last
+        return gelu or x.numel() < SMALL_FUSED[GROUP] // (8 if half and channels_last else 1)
+    return x.numel() < SMALL[GROUP] // (16 if half and channels_last else 8 if half or channels_last else 1)
 
 
 def _instance(x: Tensor, fused: bool, gelu: bool) -> bool:
@@ -126,7 +126,7 @@ def _instance(x: Tensor, fused: bool, gelu: bool) -> bool:
         return False
     values = x.shape[2:].numel()
     if fused:
-        return x.numel() < SMALL_FUSED[INSTANCE] or (values <= NARROW // 4 and x.numel() < 4 * SMALL[INSTANCE])
+        return x.numel() < SMALL_FUSED[INSTANCE] or values < NARROW // 4
     return x.numel() < SMALL[INSTANCE] or values < NARROW
 
 
