@@ -217,7 +217,9 @@ def test_overhead_and_models_are_asked_for_by_name():
     for case in SIZES:
         size = case.size("float32") / 2**20
         assert {"tiny": size < 0.01, "1 MB": 0.95 < size < 1.05, "4 MB": 3.8 < size < 4.2}[case.reason]
-    assert [task["model"] for task in plan.tasks("default", ["models"], dtypes=["float32"])] == list(models.MODELS)
+    forms = [(task["model"], task["layout"]) for task in plan.tasks("default", ["models"], dtypes=["float32"])]
+    assert forms == [(model, form) for model, setting in models.MODELS.items() for form in setting.layouts]
+    assert ("resnet50", "channels_last") in forms
     assert [task["dtype"] for task in plan.tasks("default", ["unet"])] == ["float32", "bfloat16"]
 
 

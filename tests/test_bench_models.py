@@ -26,12 +26,22 @@ TINY = {
         lambda: models._images(8, 64, 10),
         nn.functional.cross_entropy,
         "tiny",
+        models.LAYOUTS,
     ),
     "unet": models.Setting(lambda: models.UNet(32), lambda: models._noise(2, 8), nn.functional.mse_loss, "tiny"),
     "transformer": models.Setting(
         lambda: models.Transformer(1, 32, 2), lambda: models._bytes(2, 8), models._per_symbol, "tiny"
     ),
 }
+
+
+@pytest.mark.parametrize(("name", "fused"), [("resnet50", 5), ("unet", 6)])
+def test_accelerate_takes_in_what_follows_the_norms_of_these_models(name, fused):
+    """They stand in the package of normkit, whose own layers are left as they are."""
+    model = TINY[name].make()
+    told = nk.accelerate_(model).to_json()
+    assert sum(change["action"] == "forward fused" for change in told["changed"]) == fused
+    assert not told["refused"]
 
 
 def faster(model: nn.Module) -> None:
@@ -51,7 +61,9 @@ def test_a_training_step_of_each_model(monkeypatch, name, dtype, accelerate, sta
     monkeypatch.setitem(models.MODELS, name, TINY[name])
     monkeypatch.setattr(nk, "accelerate_", accelerate, raising=False)
     effort = replace(BRIEF, wanted=("torch", "normkit"))
-    records = {r["implementation"]: r for r in training.measure(name, dtype, effort)}
+    layout = TINY[name].layouts[-1]
+    records = {r["implementation"]: r for r in training.measure(name, dtype, layout, effort)}
+    assert {record["layout"] for record in records.values()} == {layout}
     assert (records["torch"]["state"], records["normkit"]["state"]) == ("measured", state)
     assert ("step" in records["normkit"]) == (state == "measured")
     assert records["torch"]["step"]["ms"] >= records["torch"]["forward"]["ms"] > 0
@@ -71,7 +83,7 @@ def test_a_model_that_a_compiler_cannot_take_costs_its_own_row_only(monkeypatch)
 
     monkeypatch.setattr(torch, "compile", broken)
     effort = replace(BRIEF, wanted=("torch", "torch.compile"))
-    records = {r["implementation"]: r for r in training.measure("transformer", "float32", effort)}
+    records = {r["implementation"]: r for r in training.measure("transformer", "float32", "contiguous", effort)}
     assert records["torch.compile"]["state"] == "skipped"
     assert "no C++ compiler" in records["torch.compile"]["why"]
     assert "step" in records["torch"]

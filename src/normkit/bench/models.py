@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normkit.bench.cases import LAYOUTS
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -21,6 +23,8 @@ class Setting:
     batch: Callable[[], tuple[Tensor, Tensor]]
     loss: Callable[[Tensor, Tensor], Tensor]
     told: str
+    layouts: tuple[str, ...] = LAYOUTS[:1]
+    """That weights and inputs are laid out in."""
 
 
 class Bottleneck(nn.Module):
@@ -153,8 +157,8 @@ def _per_symbol(scores: Tensor, symbols: Tensor) -> Tensor:
 
 
 MODELS: dict[str, Setting] = {
-    "resnet50": Setting(ResNet, lambda: _images(8, 224, 1000), F.cross_entropy, "ResNet-50, batch 8, 224x224"),
-    "unet": Setting(UNet, lambda: _noise(4, 64), F.mse_loss, "U-Net, group norm + SiLU, batch 4, 64x64"),
+    "resnet50": Setting(ResNet, lambda: _images(8, 224, 1000), F.cross_entropy, "ResNet-50, batch 8, 224x224", LAYOUTS),
+    "unet": Setting(UNet, lambda: _noise(4, 64), F.mse_loss, "U-Net, group norm + SiLU, batch 4, 64x64", LAYOUTS),
     "transformer": Setting(Transformer, lambda: _bytes(8, 256), _per_symbol, "Transformer, RMS norm, 8 x 256 bytes"),
 }
 """A training step of each is timed: forward, loss, backward, optimizer."""

@@ -73,7 +73,11 @@ def tasks(
     found += _blocks(special, dtypes)
     for model in MODELS:
         if model in special or "models" in special:
-            found += [{"kind": "model", "model": model, "dtype": dtype} for dtype in dtypes or ("float32", "bfloat16")]
+            forms = [form for form in MODELS[model].layouts if not layouts or form in layouts]
+            task = {"kind": "model", "model": model}
+            found += [
+                {**task, "dtype": dtype, "layout": form} for dtype in dtypes or ("float32", "bfloat16") for form in forms
+            ]
     if not found:
         raise ValueError(
             f"none of these cases has the layout {', '.join(layouts)}.\n"

@@ -105,7 +105,8 @@ def _ending(status: int) -> str:
 def _name(task: Task) -> Record:
     """What a record says about its task, for one that never came to say it."""
     if task["kind"] in ("model", "watch"):
-        return {"kind": task["kind"], "op": task["model"], "dtype": task["dtype"], "implementation": "torch"}
+        layout = {"layout": task["layout"]} if "layout" in task else {}
+        return {"kind": task["kind"], "op": task["model"], "dtype": task["dtype"], **layout, "implementation": "torch"}
     if task["kind"] == "block":
         block = BLOCKS[task["block"]]
         return {"kind": "block", "op": block.name, "dtype": task["dtype"], "implementation": "normkit"}

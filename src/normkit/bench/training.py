@@ -101,7 +101,7 @@ VARIANTS: dict[str, Callable[[nn.Module], Pair]] = {
 """Each is given a copy of the model and returns it (it holds the parameters) with what is called."""
 
 
-def measure(name: str, dtype: str, effort: Effort, device: str = "cpu") -> list[Record]:
+def measure(name: str, dtype: str, layout: str, effort: Effort, device: str = "cpu") -> list[Record]:
     """One record per variant: measured, refused or skipped.
 
     float16 and bfloat16 are autocast over float32 parameters, as people train. Loss and gradients are compared with
@@ -114,14 +114,16 @@ def measure(name: str, dtype: str, effort: Effort, device: str = "cpu") -> list[
         "kind": "model",
         "op": name,
         "dtype": dtype,
-        "layout": "contiguous",
+        "layout": layout,
         "device": device,
         "reason": setting.told,
     }
+    form = torch.channels_last if layout == "channels_last" else torch.contiguous_format
     x, targets = (tensor.to(device) for tensor in setting.batch())
+    x = x.contiguous(memory_format=form)
     generator_state = torch.get_rng_state()
     torch.manual_seed(0)
-    plain = setting.make().to(device).train()
+    plain = setting.make().to(device, memory_format=form).train()
     torch.set_rng_state(generator_state)
     right = _exact(plain, setting, x, targets)
     rounding = torch.finfo(getattr(torch, dtype)).eps

@@ -41,7 +41,7 @@ def main() -> None:
 def carry_out(task: dict[str, Any], effort: Effort, device: str) -> list[Record]:
     """The records of one task."""
     if task["kind"] == "model":
-        return training.measure(task["model"], task["dtype"], effort, device)
+        return training.measure(task["model"], task["dtype"], task["layout"], effort, device)
     if task["kind"] == "watch":
         return watched.measure(task["model"], task["dtype"], effort, device)
     if task["kind"] == "block":

@@ -103,8 +103,13 @@ def _plan_recasts(intended: Plan, wanted: Filter) -> set[nn.Module]:
 def _has_own_forward(module: nn.Module) -> bool:
     """A forward that somebody wrote to call other modules, or the chain of a Sequential."""
     kind = type(module)
-    ours = kind.__module__.partition(".")[0] in ("torch", "normkit")
-    return kind is nn.Sequential or (not ours and kind.forward is not nn.Module.forward)
+    return kind is nn.Sequential or (kind.forward is not nn.Module.forward and not _is_a_layer(kind))
+
+
+def _is_a_layer(kind: type[nn.Module]) -> bool:
+    """Of torch or normkit. The models that normkit times and trains are written as anybody's are."""
+    package, *within = kind.__module__.split(".")
+    return package == "torch" or (package == "normkit" and within[:1] not in (["bench"], ["lab"]))
 
 
 def _plan_shortcut(
