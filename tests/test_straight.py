@@ -1,5 +1,5 @@
-"""Plain batch norm that goes straight to torch's operator, or to a kernel, does what the long way does, and leaves the rest
-to it."""
+"""Plain batch norm that goes straight to torch's operator, or to a kernel, does what the long way does, and leaves the
+rest to it."""
 
 from __future__ import annotations
 

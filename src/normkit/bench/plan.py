@@ -74,9 +74,10 @@ def tasks(
     for model in MODELS:
         if model in special or "models" in special:
             forms = [form for form in MODELS[model].layouts if not layouts or form in layouts]
-            task = {"kind": "model", "model": model}
             found += [
-                {**task, "dtype": dtype, "layout": form} for dtype in dtypes or ("float32", "bfloat16") for form in forms
+                {"kind": "model", "model": model, "dtype": dtype, "layout": form}
+                for dtype in dtypes or ("float32", "bfloat16")
+                for form in forms
             ]
     if not found:
         raise ValueError(

@@ -123,7 +123,7 @@ def measure(name: str, dtype: str, layout: str, effort: Effort, device: str = "c
     x = x.contiguous(memory_format=form)
     generator_state = torch.get_rng_state()
     torch.manual_seed(0)
-    plain = setting.make().to(device, memory_format=form).train()
+    plain = setting.make().to(device).to(memory_format=form).train()  # type: ignore[call-overload]
     torch.set_rng_state(generator_state)
     right = _exact(plain, setting, x, targets)
     rounding = torch.finfo(getattr(torch, dtype)).eps

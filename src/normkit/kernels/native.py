@@ -28,8 +28,8 @@ SMALL_FUSED = {BATCH: 2**16, LAYER: 2**12, GROUP: 3 * 2**15, INSTANCE: 2**14}
 BATCH_FORWARD, BATCH_FORWARD_FUSED = 2**22, 2**18
 """The same for batch norm in evaluation without gradients: torch's has one pass over memory to make."""
 NARROW = 256
-"""Rows of fewer values, and maps of instance norm (a quarter as many where something follows), have more to begin and to end
-than to do."""
+"""Rows of fewer values have more to begin and to end than to do; so have maps of instance norm, and maps of a quarter
+as many where something follows."""
 COMPILED, COMPILED_RELU = 2**21, 2**14
 """Elements from which on a compiler puts these kernels into its graph as operators."""
 _PLAIN = (Tensor, torch.nn.Parameter)

@@ -1,5 +1,5 @@
-"""Plain batch norm in training, straight to torch's operator or to the kernels: :func:`train` without what has nothing to
-decide here.
+"""Plain batch norm in training, straight to torch's operator or to the kernels: :func:`train` without what has nothing
+to decide here.
 
 The same numbers, the same running statistics and the same errors, in about the time of torch's own layer, which small
 networks feel (``normkit bench --op overhead``).
