@@ -32,6 +32,7 @@ from normkit.report import (
     adversarial,
     attention,
     bench_blocks,
+    bench_goals,
     bench_summary,
     bench_synchronized,
     bench_watch,
@@ -107,6 +108,8 @@ SURGERY = Path("records") / "surgery"
 DOCTOR = Path("records") / "doctor"
 SPEEDS = Path("records") / "bench" / "cpu"
 """One directory per run of the benchmark."""
+WHOLE = Path("records") / "bench" / "models"
+"""The same for training steps of whole models."""
 UNMEASURED = f"No record is committed yet; `normkit bench --op overhead --out {OVERHEAD}/1` makes one."
 
 
@@ -288,18 +291,16 @@ def speed(root: Path) -> str:
         return ""
     runs = [read_lines(file) for file in files]
     made = runs[0][0]
-    parts = []
-    for picture in sorted((root / SPEEDS).glob("*/picture.svg")):
-        where = SPEEDS / picture.parent.name
-        parts.append(f"![Times as fast as torch, by type and layout: {picture.parent.name}]({where}/picture.svg)")
+    where = files[0].parent.relative_to(root)
+    parts = [f"![Times as fast as torch, by type and layout]({where}/picture.svg)"]
     for allocator, words in (("default", "as the C library is by default"), ("pinned", "`nk.tune_allocator()`")):
         found = bench_summary.table(runs, allocator)
-        parts += [f"Memory {words}:", table(found.header, found.rows)]
-    repeats = bench_summary.repeats(runs, "default")
-    times = "one run each" if repeats == 1 else f"medians of {repeats} runs"
+        repeats = bench_summary.repeats(runs, allocator)
+        times = "one run" if repeats == 1 else f"medians of {repeats} runs"
+        parts += [f"Memory {words} ({times}):", table(found.header, found.rows)]
     parts.append(
         "Forward and backward, times as fast as torch's own layer with in-place addition and ReLU: geometric mean over "
-        f"shapes (least to greatest), {times}. {made['processor']}, {made['threads of torch']} threads, instruction "
+        f"shapes (least to greatest). {made['processor']}, {made['threads of torch']} threads, instruction "
         f"set {made['compiled kernels'].split(',')[0]}, torch {made['torch']}. Every shape: {_links(files, root)}."
     )
     return "\n\n".join(parts)
@@ -312,6 +313,35 @@ def _links(files: list[Path], root: Path, up: str = "") -> str:
         where, command = file.parent.relative_to(root), read_lines(file)[0]["command"]
         told.append(f"[{where.name}]({up}{where}/report.md), `{command}`")
     return "; ".join(told)
+
+
+def goals(root: Path) -> str:
+    """What is asked of the CPU kernels beside what was measured, and every shape that is slower than torch."""
+    runs = [read_lines(file) for file in sorted((root / SPEEDS).glob("*/bench.jsonl"))]
+    if not runs:
+        return "No record of a quiet machine is committed yet."
+    found, slower = bench_goals.table(runs), bench_goals.slower(runs)
+    told = f"{len(slower)} of {len(bench_summary.speedups(runs, 'pinned'))} cells"
+    told += f": {'; '.join(slower)}." if slower else "."
+    return (
+        f"{table(found.header, found.rows)}\n\nForward and backward, pinned allocator, geometric mean over shapes "
+        f"(least to greatest), of each shape the median of {bench_summary.repeats(runs, 'pinned')} runs. Slower than "
+        f"{bench_goals.SLOWER} times torch are {told}"
+    )
+
+
+def whole_models(root: Path) -> str:
+    """Training steps of whole models, from the committed runs."""
+    files = sorted((root / WHOLE).glob("*/bench.jsonl"))
+    if not files:
+        return f"No record is committed yet; `normkit bench --op models --out {WHOLE}/1` makes one."
+    runs = [read_lines(file) for file in files]
+    found, made = bench_goals.models(runs), runs[0][0]
+    return (
+        f"{table(found.header, found.rows)}\n\nTimes as fast as the plain model in the same rounds; a training step: "
+        f"forward, loss, backward, optimizer; pinned allocator, medians over the runs. {made['processor']}, "
+        f"{made['threads of torch']} threads, torch {made['torch']}: {_links(files, root, '../')}."
+    )
 
 
 def measured_passes(root: Path) -> str:
@@ -798,6 +828,7 @@ def benchmarks(text: str) -> str:
     """``text`` with the cost of a call from the committed record."""
     text = between_marks("docs/benchmarks.md", text, CALL, cost_of_a_call(ROOT))
     text = between_marks("docs/benchmarks.md", text, BLOCKS, composed_layers(ROOT))
+    text = between_marks("docs/benchmarks.md", text, "goals", goals(ROOT))
     return between_marks("docs/benchmarks.md", text, PASSES, measured_passes(ROOT))
 
 
@@ -854,6 +885,7 @@ def pages() -> dict[Path, str]:
                 f"docs/{name}.md", (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8"), name, content(ROOT)
             )
             for name, content in (
+                ("accelerate", whole_models),
                 ("convert", converted_norms),
                 ("calibrate", calibrated_averages),
                 ("normalizer-free", without_norms),

@@ -81,7 +81,9 @@ def test_list_as_json_has_the_same_cells(normkit):
     status, output, _ = normkit("--list", "--json", "--op", "resnet50", "--op", "dyt", "--dtype", "bfloat16")
     told = json.loads(output)
     assert status == 0
-    assert [(cell["op"], cell["dtype"]) for cell in told["cells"]] == [("dyt", "bfloat16"), ("resnet50", "bfloat16")]
+    cells = [(cell["op"], cell["dtype"], cell["layout"]) for cell in told["cells"]]
+    assert cells[0] == ("dyt", "bfloat16", "contiguous")
+    assert cells[1:] == [("resnet50", "bfloat16", "contiguous"), ("resnet50", "bfloat16", "channels_last")]
 
 
 def test_a_run_prints_its_answer_first_and_writes_records_and_page(normkit, tmp_path):

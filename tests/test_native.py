@@ -71,6 +71,26 @@ def test_every_path_gives_what_the_norm_says(shape, last, threads):
             examine(layer, x, torch.randn_like(x) * 2 - 1)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "threads"),
+    [  # large enough for a second thread to be of use, but for the first
+        pytest.param((2, 96, 3, 5), 1, id="many short planes"),
+        pytest.param((2, 320, 8, 9), 2, id="many short planes, two threads"),
+        pytest.param((5, 1, 90, 93), 2, id="one statistic for two threads"),
+        pytest.param((1, 3, 120, 121), 2, id="one group for two threads"),
+        pytest.param((1, 3, 300, 301), 1, id="more gradients than are kept"),
+    ],
+)
+def test_a_curved_activation_behind_planes_of_every_size(shape, threads, dtype):
+    torch.set_num_threads(threads)
+    made = makers(shape[1], backend="native", activation="silu")
+    for name in ("batch", "instance", "group"):
+        layer, x = spread(made[name](), dtype), numbers(shape, dtype)
+        examine(layer, x)
+        examine(layer, x, torch.randn_like(x))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(5, 1), (60, 100), (130, 37), (3, 4099), (700, 3)], ids=str)
 def test_rows_and_features_of_any_width(shape, dtype):

@@ -211,7 +211,8 @@ def _progress(plan: Plan, *, quiet: bool) -> Iterator[Callable[[str, Task], None
 
 def _words(task: Task) -> str:
     if task["kind"] in ("model", "watch"):
-        return f"{MODELS[task['model']].told}, {task['dtype']}"
+        layout = task.get("layout", "").replace("_", " ")
+        return f"{MODELS[task['model']].told}, {task['dtype']} {layout}".rstrip()
     if task["kind"] == "block":
         return f"{task['block']}, {task['dtype']}"
     if task["kind"] == "memory":
@@ -226,7 +227,7 @@ def _show_plan(plan: Plan, asked: Bench) -> None:
     rows = []
     for task in plan.tasks:
         if task["kind"] in ("model", "watch"):
-            rows.append([task["model"], "", task["dtype"], "", MODELS[task["model"]].told])
+            rows.append([task["model"], "", task["dtype"], task.get("layout", ""), MODELS[task["model"]].told])
         elif task["kind"] == "block":
             rows.append([task["block"], "", task["dtype"], "", BLOCKS[task["block"]].told])
         elif task["kind"] == "memory":

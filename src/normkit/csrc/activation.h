@@ -31,7 +31,7 @@ INLINE Doubles exp(Doubles x) {
     return x;
 }
 
-// erfc by the rational Chebyshev fit of Numerical Recipes (erfcc): relative error below 1.2e-7 everywhere.
+// erfc by the rational Chebyshev fit of Numerical Recipes (erfcc): relative error below 1.2e-7, and that of e^(-x x).
 INLINE Floats erfc(Floats x) {
     const Floats a = x < 0.0f ? -x : x;
     const Floats t = 1.0f / (1.0f + 0.5f * a);

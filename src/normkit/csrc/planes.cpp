@@ -41,7 +41,7 @@ struct Chunk {
 };
 
 // What a thread has in hand: statistics from u0 to u1, of which it takes some of the planes.
-struct Part {
+struct Share {
     const Geometry& g;
     int64_t u0, u1;
     Range planes;
@@ -67,7 +67,7 @@ struct Part {
     }
 };
 
-// Calls body(part) for what this thread has to do, and then, when all are through, last(thread, threads).
+// Calls body(share) for what this thread has to do, and then, when all are through, last(thread, threads).
 template <class Body, class Last> void divide(const Geometry& g, int threads, Body body, Last last) {
     const int64_t blocks = (g.statistics + g.block - 1) / g.block;
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -77,7 +77,7 @@ template <class Body, class Last> void divide(const Geometry& g, int threads, Bo
         const Range planes = g.split ? share(g.planes, me, all) : Range{0, g.planes};
         for (int64_t b = mine.begin; b < mine.end; ++b) {
             const int64_t end = (b + 1) * g.block;
-            body(Part{g, b * g.block, end < g.statistics ? end : g.statistics, planes, me, all});
+            body(Share{g, b * g.block, end < g.statistics ? end : g.statistics, planes, me, all});
         }
         fence();
         if (g.work.groups) {
@@ -99,25 +99,25 @@ template <class T> class Forwards {
     void run() {
         divide(
             g, call.threads,
-            [this](const Part& part) {
+            [this](const Share& mine) {
                 if (work.batch && (call.steps & first)) {
                     Moments moments[kBlock];
-                    measure(part, moments);
-                    if (g.split) together(part, moments);
-                    for (int64_t u = part.u0; u < part.u1; ++u) finish(u, moments[u - part.u0], part.writes());
+                    measure(mine, moments);
+                    if (g.split) together(mine, moments);
+                    for (int64_t u = mine.u0; u < mine.u1; ++u) finish(u, moments[u - mine.u0], mine.writes());
                 }
-                if (call.steps & second) write_out(part);
+                if (call.steps & second) write_out(mine);
             },
             [](int, int) {});
     }
 
   private:
-    void measure(const Part& part, Moments* moments) {
+    void measure(const Share& mine, Moments* moments) {
         Lanes<T> sums[kBlock][2];
         N shift[kBlock];
-        const int64_t n = part.u1 - part.u0;
+        const int64_t n = mine.u1 - mine.u0;
         for (int64_t i = 0; i < n; ++i) {
-            shift[i] = near_mean(part, i);
+            shift[i] = near_mean(mine, i);
             sums[i][0] = sums[i][1] = Lanes<T>{};
         }
         int64_t pending = 0;
@@ -127,7 +127,7 @@ template <class T> class Forwards {
                 normkit::NORMKIT_ISA::settle<T>(sums[i], static_cast<double>(pending), shift[i], moments[i]);
             pending = 0;
         };
-        part.forwards([&](const Chunk& chunk) {
+        mine.forwards([&](const Chunk& chunk) {
             // The planes of a group lie side by side, and all of them have the one mean.
             const int64_t length = work.groups ? chunk.runs * g.length : g.length;
             for (int64_t i = 0; i < length; i += kStretch) {
@@ -140,11 +140,11 @@ template <class T> class Forwards {
     }
 
     // The mean of the first few hundred values: a shift from which squares lose nothing.
-    N near_mean(const Part& part, int64_t i) {
+    N near_mean(const Share& mine, int64_t i) {
         const int64_t n = g.length < kProbe ? g.length : kProbe, stride = work.groups ? 1 : work.c;
-        const int64_t start = work.groups ? part.u0 * g.planes + part.planes.begin : part.planes.begin * work.c + part.u0 + i;
+        const int64_t start = work.groups ? mine.u0 * g.planes + mine.planes.begin : mine.planes.begin * work.c + mine.u0 + i;
         double sum = 0, count = 0;
-        for (int64_t k = 0; k < part.planes.end - part.planes.begin && count < kProbe; ++k) {
+        for (int64_t k = 0; k < mine.planes.end - mine.planes.begin && count < kProbe; ++k) {
             sum += run_sum<T>(x + (start + k * stride) * g.length, n);
             count += static_cast<double>(n);
         }
@@ -152,12 +152,12 @@ template <class T> class Forwards {
     }
     static constexpr int64_t kProbe = 256;
 
-    void together(const Part& part, Moments* moments) {
-        for (int64_t i = 0; i < part.u1 - part.u0; ++i) partial[part.me * kBlock + i] = moments[i];
+    void together(const Share& mine, Moments* moments) {
+        for (int64_t i = 0; i < mine.u1 - mine.u0; ++i) partial[mine.me * kBlock + i] = moments[i];
 #pragma omp barrier
-        for (int64_t i = 0; i < part.u1 - part.u0; ++i) {
+        for (int64_t i = 0; i < mine.u1 - mine.u0; ++i) {
             moments[i] = Moments{};
-            for (int t = 0; t < part.all; ++t) {
+            for (int t = 0; t < mine.all; ++t) {
                 const Moments& other = partial[t * kBlock + i];
                 moments[i].merge(other.count, other.mean, other.m2);
             }
@@ -177,12 +177,12 @@ template <class T> class Forwards {
         }
     }
 
-    void write_out(const Part& part) {
+    void write_out(const Share& mine) {
         Output<T> output(call.stream);
         const int64_t padded = bit_bytes(g.length);
         N scale[kBlock], shift[kBlock];
         int64_t known = -1;  // the first channel that they are of
-        part.backwards([&](const Chunk& chunk) {
+        mine.backwards([&](const Chunk& chunk) {
             if (known != chunk.channel) {
                 known = chunk.channel;
                 for (int64_t i = 0; i < chunk.runs; ++i) {
@@ -232,22 +232,22 @@ template <class T> class Backwards {
         const bool curved = work.activation >= Activation::silu && work.activation <= Activation::gelu_tanh;
         divide(
             g, call.threads,
-            [=](const Part& part) {
+            [=](const Share& mine) {
                 Pair pairs[kBlock]{};
-                N* kept = sums && writes && curved && part.elements() <= kKept
+                N* kept = sums && writes && curved && mine.elements() <= kKept
                               ? static_cast<N*>(scratch(2, sizeof(N) * kKept))
                               : nullptr;
                 if (sums) {
-                    measure(part, kept, pairs);
-                    if (g.split) together(part, pairs);
-                    if (part.writes())
-                        for (int64_t u = part.u0; u < part.u1; ++u) finish(u, pairs[u - part.u0]);
+                    measure(mine, kept, pairs);
+                    if (g.split) together(mine, pairs);
+                    if (mine.writes())
+                        for (int64_t u = mine.u0; u < mine.u1; ++u) finish(u, pairs[u - mine.u0]);
                 } else if (call.sum_dz) {
-                    for (int64_t u = part.u0; u < part.u1; ++u)
-                        pairs[u - part.u0] = {static_cast<const N*>(call.sum_dz)[u],
+                    for (int64_t u = mine.u0; u < mine.u1; ++u)
+                        pairs[u - mine.u0] = {static_cast<const N*>(call.sum_dz)[u],
                                               static_cast<const N*>(call.sum_dz_x)[u]};
                 }
-                if (writes) write_out(part, kept, pairs);
+                if (writes) write_out(mine, kept, pairs);
                 if (g.split) {
 #pragma omp barrier
                 }
@@ -288,7 +288,7 @@ template <class T> class Backwards {
         }
     }
 
-    void measure(const Part& part, N* kept, Pair* pairs) {
+    void measure(const Share& mine, N* kept, Pair* pairs) {
         Lanes<T> sums[kBlock][2];
         Numbers numbers;
         int64_t pending = 0;
@@ -299,13 +299,13 @@ template <class T> class Backwards {
             return pair;
         };
         const auto settle_all = [&] {
-            for (int64_t i = 0; i < part.u1 - part.u0; ++i) {
+            for (int64_t i = 0; i < mine.u1 - mine.u0; ++i) {
                 const Pair pair = settle(i);
                 pairs[i].dz += pair.dz, pairs[i].dz_x += pair.dz_x;
             }
             pending = 0;
         };
-        part.forwards([&](const Chunk& chunk) {
+        mine.forwards([&](const Chunk& chunk) {
             learn(chunk, nullptr, numbers);
             for (int64_t i = 0; i < g.length; i += kStretch) {
                 const int64_t n = g.length - i < kStretch ? g.length - i : kStretch;
@@ -328,12 +328,12 @@ template <class T> class Backwards {
         if (!work.groups) settle_all();
     }
 
-    void together(const Part& part, Pair* pairs) {
-        for (int64_t i = 0; i < part.u1 - part.u0; ++i) partial[part.me * kBlock + i] = pairs[i];
+    void together(const Share& mine, Pair* pairs) {
+        for (int64_t i = 0; i < mine.u1 - mine.u0; ++i) partial[mine.me * kBlock + i] = pairs[i];
 #pragma omp barrier
-        for (int64_t i = 0; i < part.u1 - part.u0; ++i) {
+        for (int64_t i = 0; i < mine.u1 - mine.u0; ++i) {
             pairs[i] = {};
-            for (int t = 0; t < part.all; ++t) {
+            for (int t = 0; t < mine.all; ++t) {
                 pairs[i].dz += partial[t * kBlock + i].dz;
                 pairs[i].dz_x += partial[t * kBlock + i].dz_x;
             }
@@ -348,10 +348,10 @@ template <class T> class Backwards {
         write(call.dbias, work.weight_type, u, sums.dz);
     }
 
-    void write_out(const Part& part, const N* kept, const Pair* pairs) {
+    void write_out(const Share& mine, const N* kept, const Pair* pairs) {
         Output<T> to_x(call.stream), to_residual(call.stream);
         Numbers numbers;
-        part.backwards([&](const Chunk& chunk) {
+        mine.backwards([&](const Chunk& chunk) {
             learn(chunk, pairs, numbers);
             const auto go = [&](auto leaf, const auto* given, int64_t i, int64_t n) {
                 const int64_t here = chunk.plane * g.length + i;

@@ -39,7 +39,7 @@ def table(runs: Sequence[Sequence[Record]], allocator: str, *, against: str = "t
         row = [op]
         for dtype, layout in COLUMNS:
             values = [value for (o, d, where, _), value in cells.items() if (o, d, where) == (op, dtype, layout)]
-            row.append(_cell(values))
+            row.append(cell(values))
         rows.append(row)
     header = ["op", *(f"{dtype}, {layout.replace('_', ' ')}" for dtype, layout in COLUMNS)]
     return Table(header, rows, caption, frozenset(range(1, 1 + len(COLUMNS))))
@@ -100,7 +100,7 @@ def passes(runs: Sequence[Sequence[Record]], allocator: str, *, caption: str = "
     return Table(header, rows, caption, frozenset(range(1, len(header))))
 
 
-def _cell(values: Sequence[float]) -> str:
+def cell(values: Sequence[float]) -> str:
     if not values:
         return n.NOTHING
     mean = math.exp(statistics.fmean(map(math.log, values)))

@@ -1,0 +1,127 @@
+"""What the project asks of the CPU kernels, beside what runs of ``normkit bench`` measured."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from normkit.report import bench_summary
+from normkit.report import numbers as n
+from normkit.report.document import Table
+
+Record = dict[str, Any]
+SLOWER = 0.95
+"""No shape is to be slower than this, as times as fast as torch's own layer."""
+BOTH = ("float32", "bfloat16")
+
+
+def _of_resnet(record: Record) -> bool:
+    return str(record["reason"]).startswith("ResNet-50")
+
+
+def _of_a_megabyte(record: Record) -> bool:
+    return record["tensor_mb"] >= 0.99 or record["op"] != "rms_norm"
+
+
+def _rows_or_volumes(record: Record) -> bool:
+    return record["op"] == "layer_norm" or (len(record["shape"]) in (2, 5) and record["shape"] != [60, 100])
+
+
+@dataclass(frozen=True)
+class Goal:
+    """Forward and backward, as times as fast as torch's own layer: the geometric mean over shapes."""
+
+    what: str
+    ops: tuple[str, ...]
+    """Patterns."""
+    layout: str
+    least: float
+    types: tuple[str, ...] = BOTH
+    counts: Callable[[Record], bool] = lambda record: True
+    """Which shapes."""
+
+
+CONTIGUOUS, LAST = "contiguous", "channels_last"
+RELU, ALONE = ("batch_norm+relu", "batch_norm+add+relu"), ("batch_norm",)
+GOALS = (
+    Goal("batch norm, ReLU, with and without an addition; ResNet-50", RELU, CONTIGUOUS, 2.2, counts=_of_resnet),
+    Goal("batch norm, ReLU, with and without an addition; ResNet-50", RELU, LAST, 1.8, counts=_of_resnet),
+    Goal("batch norm; ResNet-50", ALONE, CONTIGUOUS, 1.8, counts=_of_resnet),
+    Goal("batch norm; ResNet-50", ALONE, LAST, 1.4, counts=_of_resnet),
+    Goal("instance norm", ("instance_norm*",), CONTIGUOUS, 2.0),
+    Goal("instance norm", ("instance_norm*",), LAST, 3.0),
+    Goal("group norm + SiLU; diffusion", ("group_norm+silu",), CONTIGUOUS, 1.7),
+    Goal("group norm + SiLU; diffusion", ("group_norm+silu",), LAST, 2.0),
+    Goal("RMS norm; rows of a megabyte and more", ("rms_norm",), CONTIGUOUS, 5.0, ("float32",), _of_a_megabyte),
+    Goal("RMS norm; rows of a megabyte and more", ("rms_norm",), CONTIGUOUS, 8.0, ("bfloat16",), _of_a_megabyte),
+    Goal(
+        "layer norm; batch norm of features and of volumes",
+        ("layer_norm", "batch_norm", "batch_norm+relu"),
+        CONTIGUOUS,
+        1.0,
+        counts=_rows_or_volumes,
+    ),
+    Goal("layer and RMS norm over the channels of images", ("*_channels_first",), CONTIGUOUS, 2.0),
+)
+
+
+def table(runs: Sequence[Sequence[Record]], allocator: str = "pinned") -> Table:
+    """One row per goal; of a shape that several runs measured, the median counts."""
+    about = {_cell(r): r for run in runs for r in run if r.get("kind") == "op"}
+    measured = bench_summary.speedups(runs, allocator)
+    rows = []
+    for goal in GOALS:
+        row, reached = [goal.what, goal.layout.replace("_", " "), f"{n.factor(goal.least)}×"], []
+        for dtype in BOTH:
+            values = [value for cell, value in measured.items() if _belongs(goal, dtype, about[cell])]
+            row.append(bench_summary.cell(values))
+            if values:
+                reached.append(statistics.geometric_mean(values) >= goal.least)
+        rows.append([*row, "–" if not reached else "yes" if all(reached) else "no"])
+    return Table(["norm", "layout", "asked", *BOTH, "reached"], rows, "", frozenset(range(2, 5)))
+
+
+def slower(runs: Sequence[Sequence[Record]], allocator: str = "pinned") -> list[str]:
+    """The cells that are slower than torch's own layer by more than is asked, the slowest first."""
+    found = bench_summary.speedups(runs, allocator)
+    return [
+        f"{op} {'x'.join(map(str, shape))} {dtype} {layout.replace('_', ' ')} {n.factor(value)}×"
+        for (op, dtype, layout, shape), value in sorted(found.items(), key=lambda item: item[1])
+        if value < SLOWER
+    ]
+
+
+def _belongs(goal: Goal, dtype: str, record: Record) -> bool:
+    return (
+        dtype in goal.types
+        and (record["dtype"], record["layout"]) == (dtype, goal.layout)
+        and any(fnmatchcase(record["op"], pattern) for pattern in goal.ops)
+        and goal.counts(record)
+    )
+
+
+def _cell(record: Record) -> bench_summary.Cell:
+    return record["op"], record["dtype"], record["layout"], tuple(record["shape"])
+
+
+def models(runs: Iterable[Sequence[Record]]) -> Table:
+    """Training steps of whole models: milliseconds as they are, and how many times as fast each variant is."""
+    found: dict[tuple[str, str, str], dict[str, list[float]]] = {}
+    for r in (r for run in runs for r in run):
+        if r.get("kind") != "model" or r.get("state") != "measured":
+            continue
+        own = found.setdefault((r["op"], r["dtype"], r["layout"]), {})
+        step = r["step"]
+        value = step["ms"] if r["implementation"] == "torch" else step["speedup"]["value"]
+        own.setdefault(r["implementation"], []).append(value)
+    variants = ("normkit", "torch.compile", "torch.compile, normkit")
+    rows = []
+    for (model, dtype, layout), own in found.items():
+        cells = [f"{n.factor(statistics.median(own[v]))}×" if v in own else n.NOTHING for v in variants]
+        ms = n.significant(statistics.median(own["torch"]), 3)
+        rows.append([model, dtype, layout.replace("_", " "), ms, *cells])
+    header = ["model", "type", "layout", "torch, ms", "`accelerate_`", "torch.compile", 'backend="normkit"']
+    return Table(header, rows, "", frozenset(range(3, 7)))
