@@ -79,14 +79,18 @@ def test_every_path_gives_what_the_norm_says(shape, last, threads):
         pytest.param((2, 320, 8, 9), 2, id="many short planes, two threads"),
         pytest.param((5, 1, 90, 93), 2, id="one statistic for two threads"),
         pytest.param((1, 3, 120, 121), 2, id="one group for two threads"),
-        pytest.param((1, 3, 300, 301), 1, id="more gradients than are kept"),
+        pytest.param((1, 6, 150, 151), 2, id="one sample for two threads"),
+        pytest.param((1, 512, 33, 33), 2, id="gradients that are kept for a block of channels"),
+        pytest.param((1, 3, 420, 421), 1, id="more gradients than are kept"),
     ],
 )
-def test_a_curved_activation_behind_planes_of_every_size(shape, threads, dtype):
+@pytest.mark.parametrize("last", [False, True], ids=["channels_first", "channels_last"])
+def test_a_curved_activation_behind_tensors_of_every_size(shape, threads, last, dtype):
     torch.set_num_threads(threads)
     made = makers(shape[1], backend="native", activation="silu")
     for name in ("batch", "instance", "group"):
         layer, x = spread(made[name](), dtype), numbers(shape, dtype)
+        x = x.to(memory_format=torch.channels_last) if last else x
         examine(layer, x)
         examine(layer, x, torch.randn_like(x))
 

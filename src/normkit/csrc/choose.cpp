@@ -106,7 +106,7 @@ void* scratch(int slot, size_t bytes) {
         size_t size = 0;
         ~Slot() { std::free(memory); }
     };
-    thread_local Slot slots[4];
+    thread_local Slot slots[5];
     Slot& mine = slots[slot];
     if (mine.size < bytes) {
         std::free(mine.memory);

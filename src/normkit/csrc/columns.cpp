@@ -2,7 +2,8 @@
 //
 // Threads own ranges of rows. Sums of a few registers of columns stay in registers over a tile of rows, go to memory per
 // tile, and into double every few hundred rows. Narrow rows are taken several at a time, as one wide run in which every
-// channel occurs `together` times; the copies are merged at the end.
+// channel occurs `together` times; the copies are merged at the end. Wide rows of groups are cut into blocks of channels
+// where the second pass then finds in the cache what the first one has left there.
 #include <omp.h>
 
 #include "moments.h"
@@ -15,11 +16,14 @@ namespace {
 constexpr int kAbreast = kFloats == 16 ? 4 : 2;  // registers of columns that are summed at once
 constexpr int64_t kPeriod = 512;                 // runs that may be summed in float before they go into double
 
-// Batch norm is one section of all rows; group and instance norm have one section per sample.
+// Batch norm is one section of all rows; group and instance norm have one section per sample and block of channels.
 struct Geometry {
-    Geometry(const Work& w, int threads) : work(w), together(rows_per_run(w)), width(together * w.c) {
-        sections = w.groups ? w.n : 1;
+    Geometry(const Work& w, int threads, bool keeps) : work(w), together(rows_per_run(w)) {
         rows = w.groups ? w.s : w.n * w.s;
+        blocks = keeps && together == 1 ? cut() : 1;
+        channels = w.c / blocks;
+        width = together * channels, stride = together * w.c;
+        sections = w.groups ? w.n * blocks : 1;
         runs = rows / together;
         rest = rows % together;
         // Whole sections per thread where there are enough of them; otherwise all threads share each section.
@@ -30,15 +34,34 @@ struct Geometry {
         stretch = 65536 / (width * 4);
         stretch = stretch < 1 ? 1 : stretch;
     }
-    int64_t statistic(int64_t section, int64_t c) const {
-        return work.groups ? section * work.groups + c / (work.c / work.groups) : c;
+    // Channel i of a section, and its statistic.
+    int64_t channel(int64_t section, int64_t i) const { return section % blocks * channels + i; }
+    int64_t statistic(int64_t section, int64_t i) const {
+        return work.groups ? section / blocks * work.groups + channel(section, i) / pooled() : i;
+    }
+    int64_t pooled() const { return work.groups ? work.c / work.groups : 1; }  // channels of one statistic
+    int64_t start(int64_t section, int64_t run) const {
+        return section / blocks * rows * work.c + channel(section, 0) + run * stride;
     }
     // Mask bits: every full run, and at the end of a section the rest, starts on a byte.
     int64_t bits_of_section() const { return runs * bit_bytes(width) + bit_bytes(rest * work.c); }
 
     const Work& work;
-    int64_t together, width, sections, rows, runs, rest, team, padded, tile;
+    int64_t together, blocks, channels, width;  // a run has `together` times the channels of a block
+    int64_t stride;                             // from run to run
+    int64_t sections, rows, runs, rest, team, padded, tile;
     int64_t stretch;  // runs that are written in ascending order, before the stretch below them
+
+  private:
+    // The fewest blocks, of whole groups, so that the gradients of one can be kept: 1 where they would be narrow.
+    int64_t cut() const {
+        for (int64_t n = 1; work.groups && n <= work.groups; n *= 2) {
+            if (work.groups % n || work.c / n < kNarrowest) break;
+            if (rows * (work.c / n) <= kKept) return n;
+        }
+        return 1;
+    }
+    static constexpr int64_t kNarrowest = 64;
 };
 
 // Calls step(run) for all runs, the last ones first, because they were read last; in stretches that go upwards, because
@@ -80,24 +103,27 @@ INLINE void add_moments(const T* x, int64_t rows, int64_t stride, int64_t j, M m
 }
 
 template <class T>
-void tile_moments(const T* x, int64_t rows, int64_t width, const Number<T>* shift, Number<T>* one, Number<T>* two) {
+void tile_moments(const T* x, int64_t rows, int64_t stride, int64_t width, const Number<T>* shift, Number<T>* one,
+                  Number<T>* two) {
     across<T>(
         width,
         [=](int64_t j)
-            __attribute__((always_inline)) { add_moments<T, kAbreast>(x, rows, width, j, Whole{}, shift, one, two); },
+            __attribute__((always_inline)) { add_moments<T, kAbreast>(x, rows, stride, j, Whole{}, shift, one, two); },
         [=](int64_t j, auto m)
-            __attribute__((always_inline)) { add_moments<T, 1>(x, rows, width, j, m, shift, one, two); });
+            __attribute__((always_inline)) { add_moments<T, 1>(x, rows, stride, j, m, shift, one, two); });
 }
 
 template <class T> struct TileSums {
     using N = Number<T>;
-    using Leaf = void (*)(const Work&, const T* x, const T* dy, const T* residual, const uint8_t* bits, int64_t rows,
-                          int64_t width, const N* mean, const N* scale, const N* shift, N* one, N* two);
+    // `n` columns of rows that are `stride` apart; dz is kept, row behind row, where `keep` points.
+    using Leaf = void (*)(const Work&, const T* x, const T* dy, const T* residual, const uint8_t* bits, N* keep,
+                          int64_t rows, int64_t stride, int64_t n, const N* mean, const N* scale, const N* shift,
+                          N* one, N* two);
 
     template <Gate g, int kRegisters, class M>
-    static INLINE void add(const Work& work, const T* x, const T* dy, const T* r, const uint8_t* bits, int64_t rows,
-                           int64_t stride, int64_t j, M m, const N* mean, const N* scale, const N* shift, N* one,
-                           N* two) {
+    static INLINE void add(const Work& work, const T* x, const T* dy, const T* r, const uint8_t* bits, N* keep,
+                           int64_t rows, int64_t stride, int64_t n, int64_t j, M m, const N* mean, const N* scale,
+                           const N* shift, N* one, N* two) {
         using V = Lanes<T>;
         const V slope = all(static_cast<N>(work.slope));
         const Activation kind = work.activation;
@@ -113,7 +139,9 @@ template <class T> struct TileSums {
                 __builtin_prefetch(x + at + rows * stride);
                 __builtin_prefetch(dy + at + rows * stride);
                 V v, dz;
-                look<g>(kind, x, dy, r, at, bits, 8 * row * bit_bytes(stride) + column, m, a[k], b[k], slope, v, dz);
+                look<g>(kind, x, dy, r, at, bits, 8 * row * bit_bytes(n) + column, m, a[k], b[k], slope, v, dz);
+                if constexpr (kCurved<g>)
+                    if (keep) store(keep + row * n + column, dz, m);
                 s[k] += dz;
                 q[k] += dz * (v - centre[k]);
             }
@@ -125,15 +153,15 @@ template <class T> struct TileSums {
     }
 
     template <Gate g>
-    static void leaf(const Work& work, const T* x, const T* dy, const T* r, const uint8_t* bits, int64_t rows,
-                     int64_t n, const N* mean, const N* scale, const N* shift, N* one, N* two) {
+    static void leaf(const Work& work, const T* x, const T* dy, const T* r, const uint8_t* bits, N* keep, int64_t rows,
+                     int64_t stride, int64_t n, const N* mean, const N* scale, const N* shift, N* one, N* two) {
         across<T>(
             n,
             [&](int64_t j) __attribute__((always_inline)) {
-                add<g, kAbreast>(work, x, dy, r, bits, rows, n, j, Whole{}, mean, scale, shift, one, two);
+                add<g, kAbreast>(work, x, dy, r, bits, keep, rows, stride, n, j, Whole{}, mean, scale, shift, one, two);
             },
             [&](int64_t j, auto m) __attribute__((always_inline)) {
-                add<g, 1>(work, x, dy, r, bits, rows, n, j, m, mean, scale, shift, one, two);
+                add<g, 1>(work, x, dy, r, bits, keep, rows, stride, n, j, m, mean, scale, shift, one, two);
             });
     }
 
@@ -176,7 +204,7 @@ template <class T> class Forwards {
 
   public:
     Forwards(const Work& work, const Forward& call)
-        : work(work), call(call), g(work, call.threads), x(static_cast<const T*>(call.x)),
+        : work(work), call(call), g(work, call.threads, false), x(static_cast<const T*>(call.x)),
           apply(Apply<T, Per::element>::pick(work)), sums(arrays<N>(0, g, 3, call.threads)),
           gathered(arrays<double>(1, g, 3, call.threads)), coefficients(arrays<N>(2, g, 2, call.threads)) {}
 
@@ -200,7 +228,7 @@ template <class T> class Forwards {
     }
 
   private:
-    const T* at(int64_t section, int64_t run) const { return x + section * g.rows * work.c + run * g.width; }
+    const T* at(int64_t section, int64_t run) const { return x + g.start(section, run); }
 
     // Into `out`: count, mean and squared deviations of every column of the thread's runs.
     void measure(int64_t section, Range runs, bool rest, int me, double* out) {
@@ -208,7 +236,7 @@ template <class T> class Forwards {
         N *shift = sums + me * 3 * g.padded, *one = shift + g.padded, *two = one + g.padded;
         for (int64_t j = 0; j < g.padded; ++j) count[j] = mean[j] = m2[j] = shift[j] = one[j] = two[j] = 0;
         const int64_t probe = runs.end - runs.begin < 16 ? runs.end - runs.begin : 16;
-        tile_moments<T>(at(section, runs.begin), probe, g.width, shift, one, two);
+        tile_moments<T>(at(section, runs.begin), probe, g.stride, g.width, shift, one, two);
         for (int64_t j = 0; j < g.width; ++j) {
             shift[j] = probe ? one[j] / static_cast<N>(probe) : 0;
             one[j] = two[j] = 0;
@@ -216,7 +244,7 @@ template <class T> class Forwards {
         int64_t pending = 0;
         for (int64_t run = runs.begin; run < runs.end; run += g.tile) {
             const int64_t n = runs.end - run < g.tile ? runs.end - run : g.tile;
-            tile_moments<T>(at(section, run), n, g.width, shift, one, two);
+            tile_moments<T>(at(section, run), n, g.stride, g.width, shift, one, two);
             pending += n;
             if (pending >= kPeriod || run + n == runs.end) {
                 settle(g.width, static_cast<double>(pending), shift, one, two, count, mean, m2);
@@ -224,7 +252,7 @@ template <class T> class Forwards {
             }
         }
         if (rest) {
-            tile_moments<T>(at(section, g.runs), 1, g.rest * work.c, shift, one, two);
+            tile_moments<T>(at(section, g.runs), 1, g.stride, g.rest * work.c, shift, one, two);
             settle(g.rest * work.c, 1, shift, one, two, count, mean, m2);
         }
     }
@@ -244,12 +272,12 @@ template <class T> class Forwards {
 
     // Merges members and copies of a channel, then the channels of a group.
     void finish(int64_t section, const double* parts, int place, int members) {
-        const int64_t pooled = work.groups ? work.c / work.groups : 1, statistics = work.c / pooled;
-        const Range mine = share(statistics, place, members);
+        const int64_t pooled = g.pooled();
+        const Range mine = share(g.channels / pooled, place, members);
         const auto visit = [&](int64_t i, auto step) {
             for (int member = 0; member < members; ++member)
                 for (int64_t c = i * pooled; c < (i + 1) * pooled; ++c)
-                    for (int64_t j = c; j < g.width; j += work.c) {
+                    for (int64_t j = c; j < g.width; j += g.channels) {
                         const double* part = parts + member * 3 * g.padded;
                         step(part[j], part[g.padded + j], part[2 * g.padded + j]);
                     }
@@ -271,13 +299,13 @@ template <class T> class Forwards {
     }
 
     void prepare(int64_t section, N* scale, int place, int members) {
-        const Range mine = share(work.c, place, members);
-        for (int64_t c = mine.begin; c < mine.end; ++c) {
-            const int64_t u = g.statistic(section, c);
+        const Range mine = share(g.channels, place, members);
+        for (int64_t i = mine.begin; i < mine.end; ++i) {
+            const int64_t u = g.statistic(section, i), c = g.channel(section, i);
             const Affine a = affine(static_cast<N*>(call.mean)[u], static_cast<N*>(call.rstd)[u],
                                     read(call.weight, work.weight_type, c, 1),
                                     read(call.bias, work.weight_type, c, 0));
-            for (int64_t j = c; j < g.width; j += work.c) {
+            for (int64_t j = i; j < g.width; j += g.channels) {
                 scale[j] = static_cast<N>(a.scale);
                 scale[g.padded + j] = static_cast<N>(a.shift);
             }
@@ -292,7 +320,7 @@ template <class T> class Forwards {
 
     void write_run(int64_t section, int64_t run, int64_t width, const N* scale, Output<T>& output) {
         uint8_t* bits = call.bits ? call.bits + section * g.bits_of_section() + run * bit_bytes(g.width) : nullptr;
-        const int64_t start = section * g.rows * work.c + run * g.width;
+        const int64_t start = g.start(section, run);
         for (int64_t i = 0; i < width; i += Output<T>::kRoom) {
             const int64_t n = width - i < Output<T>::kRoom ? width - i : Output<T>::kRoom, here = start + i;
             apply(work, x + here, call.residual ? static_cast<const T*>(call.residual) + here : nullptr,
@@ -320,9 +348,10 @@ template <class T> class Backwards {
 
   public:
     Backwards(const Work& work, const Backward& call)
-        : work(work), call(call), g(work, call.threads), x(static_cast<const T*>(call.x)),
+        : work(work), call(call), g(work, call.threads, keeps(call)), x(static_cast<const T*>(call.x)),
           dy(static_cast<const T*>(call.dy)), residual(static_cast<const T*>(call.residual)),
           sum(TileSums<T>::pick(work)), gradient(Gradient<T, Per::element>::pick(work)),
+          from_kept(Gradient<T, Per::element, N>::template leaf<Gate::none>),
           sums(arrays<N>(0, g, 2, call.threads)), gathered(arrays<double>(1, g, 2, call.threads)),
           columns(arrays<N>(2, g, kColumns, call.threads)),
           totals(static_cast<double*>(
@@ -330,23 +359,26 @@ template <class T> class Backwards {
 
     void run() {
         const bool measures = (call.steps & first) && (work.batch || call.dweight || call.dbias);
+        const bool writes = (call.steps & second) && (call.dx || call.dresidual);
         divide(g, call.threads, [=](int64_t section, Range runs, bool rest, int me, int place, int members) {
             double* mine = gathered + me * 2 * g.padded;
             N* column = columns + (members > 1 ? 0 : me) * kColumns * g.padded;
-            double* total = totals + section * 2 * work.c;
+            double* total = totals + section / g.blocks * 2 * work.c;
+            const int64_t elements = (runs.end - runs.begin) * g.width + (rest ? g.rest * work.c : 0);
+            N* kept = keeps(call) && elements <= kKept ? static_cast<N*>(scratch(4, sizeof(N) * kKept)) : nullptr;
             prepare(section, column, place, members);
             wait(members);
             if (measures) {
-                measure(section, runs, rest, me, column, mine);
+                measure(section, runs, rest, me, column, kept, mine);
                 wait(members);
                 finish(section, members > 1 ? gathered : mine, total, place, members);
                 wait(members);
                 if (work.groups && call.sum_dz) hand_over(section, total, place, members);
             }
-            if ((call.steps & second) && (call.dx || call.dresidual)) {
+            if (writes) {
                 prepare_slopes(section, total, column, place, members);
                 wait(members);
-                write_out(section, runs, rest, column);
+                write_out(section, runs, rest, column, kept);
             }
             wait(members);
         });
@@ -354,16 +386,22 @@ template <class T> class Backwards {
     }
 
   private:
+    // Whether gradients before the activation are written down between the passes, if there is room for them.
+    bool keeps(const Backward& call) const {
+        return curved(work) && (call.steps & first) && (call.steps & second) && (work.batch || call.dweight || call.dbias) &&
+               (call.dx || call.dresidual);
+    }
+
     N mean(int64_t u) const { return static_cast<const N*>(call.mean)[u]; }
     N rstd(int64_t u) const { return static_cast<const N*>(call.rstd)[u]; }
     double weight(int64_t c) const { return read(call.weight, work.weight_type, c, 1); }
 
     void prepare(int64_t section, N* column, int place, int members) {
-        const Range mine = share(work.c, place, members);
-        for (int64_t c = mine.begin; c < mine.end; ++c) {
-            const int64_t u = g.statistic(section, c);
+        const Range mine = share(g.channels, place, members);
+        for (int64_t i = mine.begin; i < mine.end; ++i) {
+            const int64_t u = g.statistic(section, i), c = g.channel(section, i);
             const Affine a = affine(mean(u), rstd(u), weight(c), read(call.bias, work.weight_type, c, 0));
-            for (int64_t j = c; j < g.width; j += work.c) {
+            for (int64_t j = i; j < g.width; j += g.channels) {
                 column[kMean * g.padded + j] = mean(u);
                 column[kScale * g.padded + j] = static_cast<N>(a.scale);
                 column[kShift * g.padded + j] = static_cast<N>(a.shift);
@@ -371,7 +409,7 @@ template <class T> class Backwards {
         }
     }
 
-    void measure(int64_t section, Range runs, bool rest, int me, const N* column, double* out) {
+    void measure(int64_t section, Range runs, bool rest, int me, const N* column, N* kept, double* out) {
         double *dz = out, *dz_x = out + g.padded;
         N *one = sums + me * 2 * g.padded, *two = one + g.padded;
         for (int64_t j = 0; j < g.padded; ++j) dz[j] = dz_x[j] = one[j] = two[j] = 0;
@@ -383,9 +421,9 @@ template <class T> class Backwards {
             }
         };
         const auto add = [&](int64_t run, int64_t n, int64_t width) {
-            const int64_t here = section * g.rows * work.c + run * g.width;
-            sum(work, x + here, dy + here, residual ? residual + here : nullptr, bits(section, run), n, width,
-                column + kMean * g.padded, column + kScale * g.padded, column + kShift * g.padded, one, two);
+            const int64_t here = g.start(section, run);
+            sum(work, x + here, dy + here, residual ? residual + here : nullptr, bits(section, run),
+                kept ? kept + place_of(runs, run) : nullptr, n, g.stride, width, column + kMean * g.padded, column + kScale * g.padded, column + kShift * g.padded, one, two);
         };
         int64_t pending = 0;
         for (int64_t run = runs.begin; run < runs.end; run += g.tile) {
@@ -403,16 +441,22 @@ template <class T> class Backwards {
         }
     }
 
+    // Where the gradients of a run are kept: those of the rest behind all others.
+    int64_t place_of(Range runs, int64_t run) const {
+        return ((run < runs.end ? run : runs.end) - runs.begin) * g.width;
+    }
+
     const uint8_t* bits(int64_t section, int64_t run) const {
         return call.bits ? call.bits + section * g.bits_of_section() + run * bit_bytes(g.width) : nullptr;
     }
 
     void finish(int64_t section, const double* parts, double* total, int place, int members) {
-        const Range mine = share(work.c, place, members);
-        for (int64_t c = mine.begin; c < mine.end; ++c) {
+        const Range mine = share(g.channels, place, members);
+        for (int64_t i = mine.begin; i < mine.end; ++i) {
+            const int64_t c = g.channel(section, i);
             double dz = 0, dz_x = 0;
             for (int member = 0; member < members; ++member)
-                for (int64_t j = c; j < g.width; j += work.c) {
+                for (int64_t j = i; j < g.width; j += g.channels) {
                     dz += parts[member * 2 * g.padded + j];
                     dz_x += parts[(member * 2 + 1) * g.padded + j];
                 }
@@ -421,20 +465,21 @@ template <class T> class Backwards {
             if (work.groups) continue;
             if (call.sum_dz) static_cast<N*>(call.sum_dz)[c] = static_cast<N>(dz);
             if (call.sum_dz_x) static_cast<N*>(call.sum_dz_x)[c] = static_cast<N>(dz_x);
-            write(call.dweight, work.weight_type, c, dz_x * rstd(g.statistic(section, c)));
+            write(call.dweight, work.weight_type, c, dz_x * rstd(c));
             write(call.dbias, work.weight_type, c, dz);
         }
     }
 
     void prepare_slopes(int64_t section, const double* total, N* column, int place, int members) {
-        const int64_t pooled = work.groups ? work.c / work.groups : 1;
-        const Range mine = share(work.c / pooled, place, members);
+        const int64_t pooled = g.pooled();
+        const Range mine = share(g.channels / pooled, place, members);
         for (int64_t i = mine.begin; i < mine.end; ++i) {
             const Pair sums = weighted(section, i, total);
             const int64_t u = g.statistic(section, i * pooled);
-            for (int64_t c = i * pooled; c < (i + 1) * pooled; ++c) {
-                const Slopes s = slopes(work, mean(u), rstd(u), weight(c), sums.dz / call.count, sums.dz_x / call.count);
-                for (int64_t j = c; j < g.width; j += work.c) {
+            for (int64_t k = i * pooled; k < (i + 1) * pooled; ++k) {
+                const double w = weight(g.channel(section, k));
+                const Slopes s = slopes(work, mean(u), rstd(u), w, sums.dz / call.count, sums.dz_x / call.count);
+                for (int64_t j = k; j < g.width; j += g.channels) {
                     column[kP * g.padded + j] = static_cast<N>(s.p);
                     column[kQ * g.padded + j] = static_cast<N>(s.q);
                     column[kR * g.padded + j] = static_cast<N>(s.r);
@@ -445,13 +490,14 @@ template <class T> class Backwards {
 
     // Sums of dz w and dz w (x - mean) of statistic i of a section: of this pass, or given from outside.
     Pair weighted(int64_t section, int64_t i, const double* total) const {
-        const int64_t pooled = work.groups ? work.c / work.groups : 1, u = g.statistic(section, i * pooled);
+        const int64_t pooled = g.pooled(), u = g.statistic(section, i * pooled);
         if (!(call.steps & first) && call.sum_dz) {
             const double w = work.groups ? 1 : weight(i);  // groups hand them over with their weights
             return {w * static_cast<const N*>(call.sum_dz)[u], w * static_cast<const N*>(call.sum_dz_x)[u]};
         }
         Pair sums{0, 0};
-        for (int64_t c = i * pooled; work.batch && c < (i + 1) * pooled; ++c) {
+        const int64_t begin = g.channel(section, i * pooled);
+        for (int64_t c = begin; work.batch && c < begin + pooled; ++c) {
             sums.dz += weight(c) * total[c];
             sums.dz_x += weight(c) * total[work.c + c];
         }
@@ -459,8 +505,8 @@ template <class T> class Backwards {
     }
 
     void hand_over(int64_t section, const double* total, int place, int members) {
-        const int64_t pooled = work.c / work.groups;
-        const Range mine = share(work.groups, place, members);
+        const int64_t pooled = g.pooled();
+        const Range mine = share(g.channels / pooled, place, members);
         for (int64_t i = mine.begin; i < mine.end; ++i) {
             const Pair sums = weighted(section, i, total);
             const int64_t u = g.statistic(section, i * pooled);
@@ -469,23 +515,30 @@ template <class T> class Backwards {
         }
     }
 
-    void write_out(int64_t section, Range runs, bool rest, const N* column) {
+    void write_out(int64_t section, Range runs, bool rest, const N* column, const N* kept) {
         Output<T> to_x(call.stream), to_residual(call.stream);
-        if (rest) write_run(section, g.runs, g.rest * work.c, column, to_x, to_residual);
-        backwards(g, runs, [&](int64_t run) { write_run(section, run, g.width, column, to_x, to_residual); });
+        const auto write = [&](int64_t run, int64_t width) {
+            if (kept)
+                write_run(from_kept, kept + place_of(runs, run), section, run, width, column, to_x, to_residual);
+            else
+                write_run(gradient, dy + g.start(section, run), section, run, width, column, to_x, to_residual);
+        };
+        if (rest) write(g.runs, g.rest * work.c);
+        backwards(g, runs, [&](int64_t run) { write(run, g.width); });
     }
 
-    void write_run(int64_t section, int64_t run, int64_t width, const N* column, Output<T>& to_x,
-                   Output<T>& to_residual) {
-        const int64_t start = section * g.rows * work.c + run * g.width;
+    template <class Leaf, class D>
+    void write_run(Leaf leaf, const D* given, int64_t section, int64_t run, int64_t width, const N* column,
+                   Output<T>& to_x, Output<T>& to_residual) {
+        const int64_t start = g.start(section, run);
         T *dx = static_cast<T*>(call.dx), *dr = static_cast<T*>(call.dresidual);
         for (int64_t i = 0; i < width; i += Output<T>::kRoom) {
             const int64_t n = width - i < Output<T>::kRoom ? width - i : Output<T>::kRoom, here = start + i;
             const auto from = [=](Column which) { return column + which * g.padded + i; };
-            gradient(work, x + here, dy + here, residual ? residual + here : nullptr,
-                     call.bits ? bits(section, run) + i / 8 : nullptr, dx ? to_x.room(dx + here, n) : nullptr,
-                     dr ? to_residual.room(dr + here, n) : nullptr, 1, n,
-                     {from(kP), from(kQ), from(kR), from(kScale), from(kShift)});
+            leaf(work, x + here, given + i, residual ? residual + here : nullptr,
+                 call.bits ? bits(section, run) + i / 8 : nullptr, dx ? to_x.room(dx + here, n) : nullptr,
+                 dr ? to_residual.room(dr + here, n) : nullptr, 1, n,
+                 {from(kP), from(kQ), from(kR), from(kScale), from(kShift)});
         }
     }
 
@@ -494,7 +547,7 @@ template <class T> class Backwards {
             double dz = 0, dz_x = 0;
             for (int64_t n = 0; n < work.n; ++n) {
                 dz += totals[n * 2 * work.c + c];
-                dz_x += totals[(n * 2 + 1) * work.c + c] * rstd(g.statistic(n, c));
+                dz_x += totals[(n * 2 + 1) * work.c + c] * rstd(n * work.groups + c / g.pooled());
             }
             write(call.dweight, work.weight_type, c, dz_x);
             write(call.dbias, work.weight_type, c, dz);
@@ -507,6 +560,7 @@ template <class T> class Backwards {
     const T *x, *dy, *residual;
     typename TileSums<T>::Leaf sum;
     typename Gradient<T, Per::element>::Leaf gradient;
+    typename Gradient<T, Per::element, N>::Leaf from_kept;
     N* sums;
     double* gathered;
     N* columns;

@@ -87,6 +87,9 @@ template <Gate g, class V> INLINE V gated(V dy, V z, Activation kind, V slope) {
 
 // Whether finding dz takes so long that it is worth writing down between two passes.
 template <Gate g> constexpr bool kCurved = g == Gate::silu || g == Gate::any;
+inline bool curved(const Work& work) {
+    return work.activation >= Activation::silu && work.activation <= Activation::gelu_tanh;
+}
 
 // v = x, and dz = dy through the activation of z = x * scale + shift + residual, for the elements from `at` on, whose bits
 // begin at `bit`.

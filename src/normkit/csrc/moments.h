@@ -19,6 +19,7 @@ struct Moments {
     }
 };
 
+constexpr int64_t kKept = int64_t{1} << 19;  // gradients before an activation that a thread keeps between its two passes
 constexpr int64_t kStretch = 2048;  // elements that may be summed in float before they go into double
 
 // Merges what one statistic's sums hold after `count` values, and begins them anew around the mean so far.

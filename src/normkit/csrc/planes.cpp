@@ -11,8 +11,7 @@
 namespace normkit::NORMKIT_ISA {
 namespace {
 
-constexpr int kBlock = 64;                        // runs that one thread has in hand at most
-constexpr int64_t kKept = int64_t{1} << 18;       // gradients before the activation that a thread keeps between its passes
+constexpr int kBlock = 64;  // runs that one thread has in hand at most
 
 // A statistic is pooled over `planes` planes of `length` elements.
 struct Geometry {
@@ -229,12 +228,11 @@ template <class T> class Backwards {
     void run() {
         const bool sums = (call.steps & first) && (work.batch || call.dweight || call.dbias);
         const bool writes = (call.steps & second) && (call.dx || call.dresidual);
-        const bool curved = work.activation >= Activation::silu && work.activation <= Activation::gelu_tanh;
         divide(
             g, call.threads,
             [=](const Share& mine) {
                 Pair pairs[kBlock]{};
-                N* kept = sums && writes && curved && mine.elements() <= kKept
+                N* kept = sums && writes && curved(work) && mine.elements() <= kKept
                               ? static_cast<N*>(scratch(2, sizeof(N) * kKept))
                               : nullptr;
                 if (sums) {
