@@ -53,7 +53,8 @@ struct Geometry {
     int64_t stretch;  // runs that are written in ascending order, before the stretch below them
 
   private:
-    // The fewest blocks, of whole groups, so that the gradients of one can be kept: 1 where they would be narrow.
+    // The fewest blocks, of whole groups, so that the gradients of one can be kept: 1 where they would be narrow, for memory
+    // is read and written in long stretches.
     int64_t cut() const {
         for (int64_t n = 1; work.groups && n <= work.groups; n *= 2) {
             if (work.groups % n || work.c / n < kNarrowest) break;
@@ -61,7 +62,7 @@ struct Geometry {
         }
         return 1;
     }
-    static constexpr int64_t kNarrowest = 64;
+    static constexpr int64_t kNarrowest = 192;
 };
 
 // Calls step(run) for all runs, the last ones first, because they were read last; in stretches that go upwards, because
