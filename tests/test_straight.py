@@ -332,6 +332,39 @@ def test_other_norms_go_straight_with_the_same_bits(norm, channels_last, activat
         assert straightly.stride() == by_function.stride()
 
 
+@pytest.mark.parametrize("way", ["kernels"], indirect=True)
+@pytest.mark.parametrize("norm", [*OTHERS, "layer over channels", "rms over channels"])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+@pytest.mark.parametrize("residual", [False, True])
+def test_other_norms_go_straight_to_the_kernels_with_the_same_bits(
+    norm, channels_last, activation, residual, monkeypatch
+):
+    kind, _, channels_first = norm.partition(" over ")
+    made = {"layer": nk.LayerNorm, "rms": nk.RMSNorm}
+    ours = made[kind](6, channels_first=True) if channels_first else OTHERS[kind][0]()
+    ours.backend, ours.activation = "native", None if activation is None else nk.epilogue.activation_module(activation)
+    if channels_last and norm in ("layer", "rms"):
+        pytest.skip("rows that do not lie together are left to torch")
+    form = torch.channels_last if channels_last else torch.contiguous_format
+    found = []
+    for straightly in (True, False):
+        torch.manual_seed(1)
+        x, added = batch(), batch() if residual else None
+        with monkeypatch.context() as only:
+            if straightly:
+                only.setattr(f"normkit.norms.{kind}_norm.normalize", None)  # where the long way would go
+            else:
+                only.setattr(type(ours), "_by_kernels", lambda *_, **__: None)
+            y = ours(x.contiguous(memory_format=form), residual=added)
+        ours.zero_grad()
+        y.backward(torch.randn_like(y))
+        found.append([y, *(t.grad for t in (x, added, *ours.parameters()) if t is not None)])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+        assert one.stride() == other.stride()
+
+
 @pytest.mark.parametrize("norm", OTHERS)
 def test_errors_of_other_norms_are_those_of_the_long_way(norm):
     with pytest.raises((RuntimeError, ValueError)) as straightly:

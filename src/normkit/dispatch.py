@@ -192,16 +192,20 @@ def straight(
 
 
 def by_kernels(call: Call, backend: str | None) -> Tensor | None:
-    """The output of batch norm in training, where kernels run for sure; ``None``: not for sure.
+    """The output of a norm by its input, where kernels run for sure; ``None``: not for sure.
 
-    What they move is ``moved``, or without it the running statistics of the call.
+    What they move is ``moved``, or without it the running statistics of the call. On a GPU: batch norm only.
     """
     kernels = NATIVE if call.x.is_cpu and call.moved is None else TRITON
     name = backend or _active
-    if _recording is not None or not BACKENDS.keys() <= _OURS or (kernels is TRITON and not triton.PROVEN):
+    if _recording is not None or not BACKENDS.keys() <= _OURS:
+        return None
+    if kernels is TRITON and (call.moved is None or not triton.PROVEN):
         return None
     if name == "auto":
         followed = call.residual is not None or call.activation is not None
+        if kernels is NATIVE and next(iter(BACKENDS.values())) is not NATIVE:
+            return None
         if _torch_is_faster(call.spec, call.over, call.x, call.activation, followed, True):
             return None
     elif name != kernels.name:

@@ -12,8 +12,11 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import has_torch_function
 
 from normkit import dispatch, epilogue
+from normkit.call import Call, nobody
 from normkit.vocabulary.spec import Spec, register
 
+OVER_CHANNELS = "n [c] s..."
+"""What layer and RMS norm pool over with ``channels_first``."""
 _MODULE_CALL = nn.Module._wrapped_call_impl
 """What ``Module.__call__`` is, as long as nobody puts something of theirs in its place, as torch.fx does to trace."""
 
@@ -86,6 +89,18 @@ class Norm(nn.Module):
             return y
         weight, bias = getattr(self, "weight", None), getattr(self, "bias", None)  # RMS norm has no bias
         return dispatch.follow(self.spec, x, weight, bias, y, residual, activation)
+
+    def _by_kernels(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, **details: Any
+    ) -> Tensor | None:
+        """What the CPU kernels give, where they run for sure; ``None``: the long way decides."""
+        if torch.compiler.is_compiling() or not isinstance(x, Tensor) or not x.is_cpu:
+            return None
+        if residual is not None and residual.shape != x.shape:
+            return None
+        activation = self._modules.get("activation") or self.activation
+        call = Call(self.spec, x, weight, bias, nobody, eps, residual=residual, activation=activation, **details)
+        return dispatch.by_kernels(call, self.backend)
 
     def _set_options(self, activation: epilogue.Activation | type[nn.Module], backend: str | None) -> None:
         """The keyword-only options that every layer has."""

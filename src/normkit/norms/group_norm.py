@@ -165,6 +165,8 @@ class GroupNorm(Norm, nn.GroupNorm, spec=SPEC):
         y, affine = None, (self.weight, self.bias, self.eps)
         if mask is None and lengths is None:
             y = self._straight(input, residual, _by_torch, input, self.num_groups, *affine)
+            if y is None:
+                y = self._by_kernels(input, residual, *affine, groups=self.num_groups)
         if y is None:
             y = group_norm(
                 input,

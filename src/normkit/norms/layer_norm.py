@@ -12,7 +12,7 @@ from torch.fx import Proxy
 
 from normkit.dispatch import normalize
 from normkit.epilogue import Activation
-from normkit.norm import Norm, over_channels, single_axis, traced_as_call
+from normkit.norm import OVER_CHANNELS, Norm, over_channels, single_axis, traced_as_call
 from normkit.statistics.masking import blanked
 from normkit.vocabulary.spec import Spec
 
@@ -79,7 +79,7 @@ def layer_norm(
     """
     if isinstance(x, Proxy):
         return traced_as_call(layer_norm, locals())
-    over = "n [c] s..." if channels_first else SPEC.over
+    over = OVER_CHANNELS if channels_first else SPEC.over
     if mask is not None or lengths is not None:
         x, residual, mask = blanked(SPEC.name, over, x, residual, mask, lengths, trailing=len(normalized_shape))
     if channels_first:
@@ -175,8 +175,15 @@ class LayerNorm(Norm, nn.LayerNorm, spec=SPEC):
         # torch's access by name takes a microsecond
         weight = own["weight"] if "weight" in own else self.weight  # noqa: SIM401
         bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401
-        if mask is None and lengths is None and not self.channels_first:
-            y = self._straight(input, residual, torch.layer_norm, input, shape, weight, bias, eps)
+        if mask is None and lengths is None:
+            y = None
+            if not self.channels_first:
+                y = self._straight(input, residual, torch.layer_norm, input, shape, weight, bias, eps)
+            if y is None:
+                over = OVER_CHANNELS if self.channels_first else None
+                y = self._by_kernels(
+                    input, residual, weight, bias, eps, over=over, trailing=len(shape), sizes=tuple(shape)
+                )
             if y is not None:
                 return y
         return layer_norm(

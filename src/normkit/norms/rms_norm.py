@@ -12,7 +12,7 @@ from torch.fx import Proxy
 
 from normkit.dispatch import normalize
 from normkit.epilogue import Activation
-from normkit.norm import Norm, machine_eps, over_channels, single_axis, traced_as_call
+from normkit.norm import OVER_CHANNELS, Norm, machine_eps, over_channels, single_axis, traced_as_call
 from normkit.statistics.masking import blanked
 from normkit.vocabulary.spec import Spec
 
@@ -75,7 +75,7 @@ def rms_norm(
     """
     if isinstance(x, Proxy):
         return traced_as_call(rms_norm, locals())
-    over = "n [c] s..." if channels_first else SPEC.over
+    over = OVER_CHANNELS if channels_first else SPEC.over
     if mask is not None or lengths is not None:
         x, residual, mask = blanked(SPEC.name, over, x, residual, mask, lengths, trailing=len(normalized_shape))
     if eps is None:
@@ -172,9 +172,15 @@ class RMSNorm(Norm, nn.RMSNorm, spec=SPEC):
         own, shape, eps = self._parameters, self.normalized_shape, self.eps
         # torch's access by name takes a microsecond
         weight = own["weight"] if "weight" in own else self.weight  # noqa: SIM401
-        if mask is None and lengths is None and not self.channels_first and isinstance(input, Tensor):
-            known = machine_eps(input.dtype) if eps is None else eps
-            y = self._straight(input, residual, torch.rms_norm, input, shape, weight, known)
+        if mask is None and lengths is None and isinstance(input, Tensor):
+            known, y = machine_eps(input.dtype) if eps is None else eps, None
+            if not self.channels_first:
+                y = self._straight(input, residual, torch.rms_norm, input, shape, weight, known)
+            if y is None:
+                over = OVER_CHANNELS if self.channels_first else None
+                y = self._by_kernels(
+                    input, residual, weight, None, known, over=over, trailing=len(shape), sizes=tuple(shape)
+                )
             if y is not None:
                 return y
         return rms_norm(

@@ -15,7 +15,7 @@ from torch._C import _current_graph_task_id
 from torch.overrides import has_torch_function_unary
 
 from normkit import dispatch
-from normkit.call import Call
+from normkit.call import Call, nobody
 from normkit.norm import unambiguous
 from normkit.statistics.buffers import RunningStatistics
 
@@ -82,14 +82,10 @@ def _on_kernels(
     else:
         return None
     call = Call(
-        layer.spec, x, weight, bias, _nobody_runs_it, layer.eps, residual=residual, activation=activation,
+        layer.spec, x, weight, bias, nobody, layer.eps, residual=residual, activation=activation,
         running_mean=mean, running_var=var, moved=moved, momentum=layer.momentum,
     )  # fmt: skip
     return dispatch.by_kernels(call, layer.backend)
-
-
-def _nobody_runs_it() -> Tensor:
-    raise AssertionError("the kernels have been chosen, or nothing has")
 
 
 def _proposal(layer: Any, *parameters: Tensor | None) -> dispatch.Proposal | None:
