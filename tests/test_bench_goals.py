@@ -43,6 +43,11 @@ def test_a_goal_is_reached_by_the_mean_over_its_shapes_of_the_median_over_runs()
     assert row[3:] == ["2.0×", "3.0×", "no"]  # one type is enough to miss it
 
 
+def test_where_a_goal_names_no_type_the_mean_is_over_the_cells_of_both():
+    run = [*both("batch_norm", [1], 1.6), *both("batch_norm", [1], 2.5, dtype="bfloat16")]
+    assert goal(bench_goals.table([run]), "batch norm; ResNet-50")[0][3:] == ["1.60×", "2.5×", "yes"]
+
+
 def test_only_the_shapes_count_that_a_goal_speaks_of():
     run = [
         *both("batch_norm", [32, 64, 56, 56], 2.0),
