@@ -324,11 +324,12 @@ def goals(root: Path) -> str:
     told = f"{len(slower)} of {len(bench_summary.speedups(runs, 'pinned'))} cells"
     told += f": {'; '.join(slower)}." if slower else "."
     repeats = bench_summary.repeats(runs, "pinned")
-    return (
-        f"{table(found.header, found.rows)}\n\nTimes as fast as torch's own layers, forward and backward, pinned "
-        "allocator: geometric mean over shapes (least to greatest). The first two rows are asked of each type, the others of both "
-        f"together. Of each shape the median of {repeats} runs. Slower than {bench_goals.SLOWER} times torch are {told}"
+    about = (
+        "Times as fast as torch's own layers, forward and backward, pinned allocator: geometric mean over shapes (least to "
+        "greatest). The first two rows are asked of each type, the others of both together. Of each shape the median of "
+        f"{repeats} runs. Slower than {bench_goals.SLOWER} times torch are {told}"
     )
+    return f"{table(found.header, found.rows)}\n\n{about}"
 
 
 def whole_models(root: Path) -> str:
