@@ -325,9 +325,9 @@ def goals(root: Path) -> str:
     told += f": {'; '.join(slower)}." if slower else "."
     repeats = bench_summary.repeats(runs, "pinned")
     about = (
-        "Times as fast as torch's own layers, forward and backward, pinned allocator: geometric mean over shapes (least "
-        "to greatest). The first two rows are asked of each type, the others of both together. Of each shape the median "
-        f"of {repeats} runs. Slower than {bench_goals.SLOWER} times torch are {told}"
+        "Times as fast as torch's own layers, forward and backward, pinned allocator: geometric mean over shapes "
+        "(least to greatest). The first two rows are asked of each type, the others of both together. Of each shape "
+        f"the median of {repeats} runs. Slower than {bench_goals.SLOWER} times torch are {told}"
     )
     return f"{table(found.header, found.rows)}\n\n{about}"
 
