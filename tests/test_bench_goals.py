@@ -55,6 +55,7 @@ def test_only_the_shapes_count_that_a_goal_speaks_of():
         *both("rms_norm", [64, 768], 6.0),
         *both("rms_norm", [1, 768], 0.1, tensor_mb=0.01),
         *both("instance_norm", [1], 9.0, allocator="default"),
+        {"kind": "op", "op": "batch_norm", "dtype": "float32", "layout": "contiguous", "shape": [1], "state": "failed"},
     ]
     found = bench_goals.table([run])
     assert goal(found, "batch norm; ResNet-50")[0][3:] == ["2.0×", "–", "yes"]

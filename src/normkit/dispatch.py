@@ -202,15 +202,14 @@ def by_kernels(call: Call, backend: str | None) -> Tensor | None:
         return None
     if kernels is TRITON and (call.moved is None or not triton.PROVEN):
         return None
-    if name == "auto":
-        followed = call.residual is not None or call.activation is not None
-        if kernels is NATIVE and next(iter(BACKENDS.values())) is not NATIVE:
-            return None
-        if _torch_is_faster(call.spec, call.over, call.x, call.activation, followed, True):
-            return None
-    elif name != kernels.name:
+    if name != "auto" and name != kernels.name:
         return None
+    if name == "auto" and kernels is NATIVE and next(iter(BACKENDS.values())) is not NATIVE:
+        return None
+    followed = call.residual is not None or call.activation is not None
     try:
+        if name == "auto" and _torch_is_faster(call.spec, call.over, call.x, call.activation, followed, True):
+            return None
         if kernels is TRITON:
             return None if native._is_watched() else triton.at_once(call)
         return None if native.reasons_against(call) else native.run(call)

@@ -361,12 +361,15 @@ template <class T> class Backwards {
     void run() {
         const bool measures = (call.steps & first) && (work.batch || call.dweight || call.dbias);
         const bool writes = (call.steps & second) && (call.dx || call.dresidual);
+        const int64_t most = g.rows * g.channels, room = most < kKept ? most : kKept;
+        N* const all_kept =
+            keeps(call) ? static_cast<N*>(scratch(4, sizeof(N) * static_cast<size_t>(room * call.threads))) : nullptr;
         divide(g, call.threads, [=](int64_t section, Range runs, bool rest, int me, int place, int members) {
             double* mine = gathered + me * 2 * g.padded;
             N* column = columns + (members > 1 ? 0 : me) * kColumns * g.padded;
             double* total = totals + section / g.blocks * 2 * work.c;
             const int64_t elements = (runs.end - runs.begin) * g.width + (rest ? g.rest * work.c : 0);
-            N* kept = keeps(call) && elements <= kKept ? static_cast<N*>(scratch(4, sizeof(N) * kKept)) : nullptr;
+            N* kept = all_kept && elements <= room ? all_kept + me * room : nullptr;
             prepare(section, column, place, members);
             wait(members);
             if (measures) {

@@ -228,13 +228,15 @@ template <class T> class Backwards {
     void run() {
         const bool sums = (call.steps & first) && (work.batch || call.dweight || call.dbias);
         const bool writes = (call.steps & second) && (call.dx || call.dresidual);
+        const int64_t most = g.block * g.planes * g.length, room = most < kKept ? most : kKept;
+        N* const all_kept = sums && writes && curved(work)
+                                ? static_cast<N*>(scratch(2, sizeof(N) * static_cast<size_t>(room * call.threads)))
+                                : nullptr;
         divide(
             g, call.threads,
             [=](const Share& mine) {
                 Pair pairs[kBlock]{};
-                N* kept = sums && writes && curved(work) && mine.elements() <= kKept
-                              ? static_cast<N*>(scratch(2, sizeof(N) * kKept))
-                              : nullptr;
+                N* kept = all_kept && mine.elements() <= room ? all_kept + mine.me * room : nullptr;
                 if (sums) {
                     measure(mine, kept, pairs);
                     if (g.split) together(mine, pairs);

@@ -72,7 +72,7 @@ GOALS = (
 
 def table(runs: Sequence[Sequence[Record]], allocator: str = "pinned") -> Table:
     """One row per goal; of a shape that several runs measured, the median counts."""
-    about = {_cell(r): r for run in runs for r in run if r.get("kind") == "op"}
+    about = {_cell(r): r for run in runs for r in run if r.get("kind") == "op" and r.get("state") == "measured"}
     measured = bench_summary.speedups(runs, allocator)
     rows = []
     for goal in GOALS:
@@ -108,11 +108,11 @@ def _cell(record: Record) -> bench_summary.Cell:
     return record["op"], record["dtype"], record["layout"], tuple(record["shape"])
 
 
-def models(runs: Iterable[Sequence[Record]]) -> Table:
+def models(runs: Iterable[Sequence[Record]], allocator: str = "pinned") -> Table:
     """Training steps of whole models: milliseconds as they are, and how many times as fast each variant is."""
     found: dict[tuple[str, str, str], dict[str, list[float]]] = {}
     for r in (r for run in runs for r in run):
-        if r.get("kind") != "model" or r.get("state") != "measured":
+        if r.get("kind") != "model" or r.get("state") != "measured" or r["allocator"] != allocator:
             continue
         own = found.setdefault((r["op"], r["dtype"], r["layout"]), {})
         step = r["step"]
