@@ -34,7 +34,7 @@ def generate(monkeypatch, tmp_path):
         copy.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             copy.write_bytes(path.read_bytes())
-    kinds = ("RECORDS", "OVERHEAD", "SYNCHRONIZED", "SURGERY", "SPEEDS", "DOCTOR", "WATCHED", "COMPOSED")
+    kinds = ("RECORDS", "OVERHEAD", "SYNCHRONIZED", "SURGERY", "SPEEDS", "DOCTOR", "WATCHED", "COMPOSED", "WHOLE")
     for records in (getattr(module, kind) for kind in kinds):
         if (ROOT / records).exists():
             (tmp_path / records).parent.mkdir(parents=True, exist_ok=True)
