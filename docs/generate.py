@@ -338,12 +338,13 @@ def whole_models(root: Path) -> str:
     if not files:
         return f"No record is committed yet; `normkit bench --op models --out {WHOLE}/1` makes one."
     runs = [read_lines(file) for file in files]
-    found, made = bench_goals.models(runs), runs[0][0]
-    return (
-        f"{table(found.header, found.rows)}\n\nTimes as fast as the plain model in the same rounds; a training step: "
-        f"forward, loss, backward, optimizer; pinned allocator, medians over the runs. {made['processor']}, "
-        f"{made['threads of torch']} threads, torch {made['torch']}: {_links(files, root, '../')}."
+    found, made = bench_summary.models(runs, "pinned", "~"), runs[0][0]
+    about = (
+        "Times as fast as the plain model in the same rounds; a training step: forward, loss, backward, optimizer; pinned "
+        f"allocator, medians over the runs. {made['processor']}, {made['threads of torch']} threads, torch "
+        f"{made['torch']}: {_links(files, root, '../')}. ~: the machine was busy."
     )
+    return f"{table(found.header, found.rows)}\n\n{about}"
 
 
 def measured_passes(root: Path) -> str:

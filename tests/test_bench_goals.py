@@ -65,15 +65,3 @@ def test_only_the_shapes_count_that_a_goal_speaks_of():
         "batch_norm 60x100 float32 contiguous 0.10×",
         "rms_norm 1x768 float32 contiguous 0.10×",
     ]
-
-
-def test_models_have_the_median_of_their_runs():
-    def model(implementation, ms, ratio=None):
-        made = record("resnet50", [], ratio, kind="model", implementation=implementation)
-        return {**made, "step": {**made["step"], "ms": ms}}
-
-    runs = [
-        [model("torch", ms), model("normkit", 1.0, ratio)] for ms, ratio in ((100.0, 1.1), (90.0, 1.3), (80.0, 1.2))
-    ]
-    (row,) = bench_goals.models([*runs, [record("batch_norm", [1])]]).rows
-    assert row == ["resnet50", "float32", "contiguous", "90.0", "1.20×", "–", "–"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from normkit.report.bench_summary import passes, speedups, table
+from normkit.report.bench_summary import models, passes, speedups, table
 
 
 def record(shape, implementation, ratio=None, **other):
@@ -62,3 +62,21 @@ def test_passes_stand_beside_the_floor_for_large_tensors_only():
 
     runs = [[*passing(8, 12.0, 4.0), *passing(16, 14.0, 6.0), *passing(1, 99.0, 99.0)]]
     assert passes(runs, "default").rows == [["batch_norm+relu", "2", "13", "5.0", "5", "13", "5.0"]]
+
+
+def test_models_have_the_median_of_their_runs_and_no_column_for_what_nobody_timed():
+    def model(implementation, ms, ratio=None, **other):
+        made = record([], implementation, ratio, op="resnet50", kind="model", allocator="pinned", **other)
+        return {**made, "step": {**made["step"], "ms": ms}}
+
+    runs = [[model("torch", ms), model("normkit", 1.0, r)] for ms, r in ((100.0, 1.1), (90.0, 1.3), (80.0, 1.2))]
+    other = [
+        record([1], "torch"),
+        model("normkit", 1.0, 9.0, state="refused"),
+        {**model("torch", 1.0), "allocator": "default"},
+    ]
+    found = models([*runs, other], "pinned", "~")
+    assert found.header[3:] == ["torch, ms", "`accelerate_`"]
+    assert found.rows == [["resnet50", "float32", "contiguous", "90.0", "1.20×"]]
+    runs[0][1]["quiet"] = False
+    assert models(runs, "pinned", "~").rows[0][3:] == ["~90.0", "~1.20×"]

@@ -105,10 +105,9 @@ def measure(name: str, dtype: str, layout: str, effort: Effort, device: str = "c
     """One record per variant: measured, refused or skipped.
 
     float16 and bfloat16 are autocast over float32 parameters, as people train. Loss and gradients are compared with
-    those of the same model in float64: a variant may be as far from them as twice the plain model,
-    and some roundings.
-    That is weak where the plain model is far off itself: at its first step a ResNet-50 in bfloat16 is (a remark says
-    so). So the variant is compared without autocast as well.
+    those of the same model in float64: a variant may be twice as far from them as the plain model is, and by some
+    roundings. That is weak where the plain model is far off itself: at its first step a ResNet-50 in bfloat16 is (a
+    remark says so). So the variant is compared without autocast as well.
     """
     setting = MODELS[name]
     about = {

@@ -392,8 +392,8 @@ template <class T> class Backwards {
   private:
     // Whether gradients before the activation are written down between the passes, if there is room for them.
     bool keeps(const Backward& call) const {
-        return curved(work) && (call.steps & first) && (call.steps & second) && (work.batch || call.dweight || call.dbias) &&
-               (call.dx || call.dresidual);
+        return curved(work) && (call.steps & first) && (call.steps & second) &&
+               (work.batch || call.dweight || call.dbias) && (call.dx || call.dresidual);
     }
 
     N mean(int64_t u) const { return static_cast<const N*>(call.mean)[u]; }
@@ -427,7 +427,8 @@ template <class T> class Backwards {
         const auto add = [&](int64_t run, int64_t n, int64_t width) {
             const int64_t here = g.start(section, run);
             sum(work, x + here, dy + here, residual ? residual + here : nullptr, bits(section, run),
-                kept ? kept + place_of(runs, run) : nullptr, n, g.stride, width, column + kMean * g.padded, column + kScale * g.padded, column + kShift * g.padded, one, two);
+                kept ? kept + place_of(runs, run) : nullptr, n, g.stride, width, column + kMean * g.padded,
+                column + kScale * g.padded, column + kShift * g.padded, one, two);
         };
         int64_t pending = 0;
         for (int64_t run = runs.begin; run < runs.end; run += g.tile) {

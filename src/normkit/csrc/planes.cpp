@@ -141,7 +141,8 @@ template <class T> class Forwards {
     // The mean of the first few hundred values: a shift from which squares lose nothing.
     N near_mean(const Share& mine, int64_t i) {
         const int64_t n = g.length < kProbe ? g.length : kProbe, stride = work.groups ? 1 : work.c;
-        const int64_t start = work.groups ? mine.u0 * g.planes + mine.planes.begin : mine.planes.begin * work.c + mine.u0 + i;
+        const int64_t start =
+            work.groups ? mine.u0 * g.planes + mine.planes.begin : mine.planes.begin * work.c + mine.u0 + i;
         double sum = 0, count = 0;
         for (int64_t k = 0; k < mine.planes.end - mine.planes.begin && count < kProbe; ++k) {
             sum += run_sum<T>(x + (start + k * stride) * g.length, n);

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -23,7 +23,7 @@ def _of_resnet(record: Record) -> bool:
 
 
 def _of_a_megabyte(record: Record) -> bool:
-    return record["tensor_mb"] >= 0.99 or record["op"] != "rms_norm"
+    return record["tensor_mb"] >= 0.99
 
 
 def _rows_or_volumes(record: Record) -> bool:
@@ -106,23 +106,3 @@ def _belongs(goal: Goal, dtype: str, record: Record) -> bool:
 
 def _cell(record: Record) -> bench_summary.Cell:
     return record["op"], record["dtype"], record["layout"], tuple(record["shape"])
-
-
-def models(runs: Iterable[Sequence[Record]], allocator: str = "pinned") -> Table:
-    """Training steps of whole models: milliseconds as they are, and how many times as fast each variant is."""
-    found: dict[tuple[str, str, str], dict[str, list[float]]] = {}
-    for r in (r for run in runs for r in run):
-        if r.get("kind") != "model" or r.get("state") != "measured" or r["allocator"] != allocator:
-            continue
-        own = found.setdefault((r["op"], r["dtype"], r["layout"]), {})
-        step = r["step"]
-        value = step["ms"] if r["implementation"] == "torch" else step["speedup"]["value"]
-        own.setdefault(r["implementation"], []).append(value)
-    variants = ("normkit", "torch.compile", "torch.compile, normkit")
-    rows = []
-    for (model, dtype, layout), own in found.items():
-        cells = [f"{n.factor(statistics.median(own[v]))}×" if v in own else n.NOTHING for v in variants]
-        ms = n.significant(statistics.median(own["torch"]), 3)
-        rows.append([model, dtype, layout.replace("_", " "), ms, *cells])
-    header = ["model", "type", "layout", "torch, ms", "`accelerate_`", "torch.compile", 'backend="normkit"']
-    return Table(header, rows, "", frozenset(range(3, 7)))

@@ -100,6 +100,37 @@ def passes(runs: Sequence[Sequence[Record]], allocator: str, *, caption: str = "
     return Table(header, rows, caption, frozenset(range(1, len(header))))
 
 
+def models(runs: Iterable[Sequence[Record]], allocator: str, busy: str) -> Table:
+    """Training steps of whole models: milliseconds as they are, and how many times as fast each variant is.
+
+    Medians over the runs. ``busy`` stands before what was measured on a busy machine, in one run at least.
+    """
+    found: dict[tuple[str, str, str], dict[str, list[float]]] = {}
+    loud: dict[tuple[str, str, str], bool] = {}
+    for r in (r for run in runs for r in run):
+        if r.get("kind") != "model" or r.get("state") != "measured" or r["allocator"] != allocator:
+            continue
+        key, step = (r["op"], r["dtype"], r["layout"]), r["step"]
+        own = found.setdefault(key, {})
+        value = step["ms"] if r["implementation"] == "torch" else step["speedup"]["value"]
+        own.setdefault(r["implementation"], []).append(value)
+        loud[key] = loud.get(key, False) or r.get("quiet") is False
+    titles = {
+        "normkit": "`accelerate_`",
+        "torch.compile": "torch.compile",
+        "torch.compile, normkit": 'backend="normkit"',
+    }
+    variants = [variant for variant in titles if any(variant in own for own in found.values())]
+    rows = []
+    for (model, dtype, layout), own in found.items():
+        mark = busy if loud[model, dtype, layout] else ""
+        cells = [f"{mark}{n.factor(statistics.median(own[v]))}×" if v in own else n.NOTHING for v in variants]
+        ms = f"{mark}{n.significant(statistics.median(own['torch']), 3)}"
+        rows.append([model, dtype, layout.replace("_", " "), ms, *cells])
+    header = ["model", "type", "layout", "torch, ms", *(titles[variant] for variant in variants)]
+    return Table(header, rows, "", frozenset(range(3, len(header))))
+
+
 def cell(values: Sequence[float]) -> str:
     if not values:
         return n.NOTHING
