@@ -340,8 +340,8 @@ def whole_models(root: Path) -> str:
     runs = [read_lines(file) for file in files]
     found, made = bench_summary.models(runs, "pinned", "~"), runs[0][0]
     about = (
-        "Times as fast as the plain model in the same rounds; a training step: forward, loss, backward, optimizer; pinned "
-        f"allocator, medians over the runs. {made['processor']}, {made['threads of torch']} threads, torch "
+        "Times as fast as the plain model in the same rounds; a training step: forward, loss, backward, optimizer; "
+        f"pinned allocator, medians over the runs. {made['processor']}, {made['threads of torch']} threads, torch "
         f"{made['torch']}: {_links(files, root, '../')}. ~: the machine was busy."
     )
     return f"{table(found.header, found.rows)}\n\n{about}"
