@@ -95,6 +95,19 @@ def test_a_curved_activation_behind_tensors_of_every_size(shape, threads, last, 
         examine(layer, x, torch.randn_like(x))
 
 
+def test_silu_is_right_to_a_few_roundings_wherever_it_is_not_zero():
+    x = torch.cat([torch.linspace(-80, 80, 16000), torch.linspace(-1, 1, 2000), torch.tensor([1e30, torch.inf])])
+    layer = nk.BatchNorm1d(1, affine=False, eps=1e-30, activation="silu", backend="native").eval()  # so z is x
+    leaf, oracle = x[:, None].requires_grad_(), x.double()[:, None].requires_grad_()
+    y, wanted = layer(leaf), F.silu(oracle)
+    torch.testing.assert_close(y.double(), wanted, rtol=6e-6, atol=0)  # most of it from rounding x log2(e)
+    ordinary = slice(0, -2)  # torch's own derivative at infinity is NaN
+    (dx,) = torch.autograd.grad(y[ordinary].sum(), leaf)
+    (dx_wanted,) = torch.autograd.grad(wanted[ordinary].sum(), oracle)
+    torch.testing.assert_close(dx[ordinary].double(), dx_wanted[ordinary], rtol=6e-6, atol=2e-6)
+    assert layer(torch.full((20_000, 1), torch.nan)).isnan().all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(5, 1), (60, 100), (130, 37), (3, 4099), (700, 3)], ids=str)
 def test_rows_and_features_of_any_width(shape, dtype):

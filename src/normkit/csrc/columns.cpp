@@ -40,6 +40,15 @@ struct Geometry {
         return work.groups ? section / blocks * work.groups + channel(section, i) / pooled() : i;
     }
     int64_t pooled() const { return work.groups ? work.c / work.groups : 1; }  // channels of one statistic
+
+    // Calls step(place in the section, channel, statistic) for a member's share of a section's channels. Divisions are made
+    // once per statistic: on small maps one per channel would be a good part of the time.
+    template <class Step> void each_channel(int64_t section, int place, int members, Step step) const {
+        const int64_t each = pooled(), away = channel(section, 0), first = statistic(section, 0);
+        const Range mine = share(channels / each, place, members);
+        for (int64_t u = mine.begin; u < mine.end; ++u)
+            for (int64_t i = u * each; i < (u + 1) * each; ++i) step(i, away + i, first + u);
+    }
     int64_t start(int64_t section, int64_t run) const {
         return section / blocks * rows * work.c + channel(section, 0) + run * stride;
     }
@@ -258,7 +267,8 @@ template <class T> class Forwards {
         }
     }
 
-    static void settle(int64_t n, double added, N* shift, N* one, N* two, double* count, double* mean, double* m2) {
+    static void settle(int64_t n, double added, N* __restrict shift, N* __restrict one, N* __restrict two,
+                       double* __restrict count, double* __restrict mean, double* __restrict m2) {
         const double before = count[0], total = before + added;  // columns that the rest lacks are not settled with it
         const double inverse = 1 / added, part = added / total, weight = before * part;
         for (int64_t j = 0; j < n; ++j) {
@@ -300,9 +310,7 @@ template <class T> class Forwards {
     }
 
     void prepare(int64_t section, N* scale, int place, int members) {
-        const Range mine = share(g.channels, place, members);
-        for (int64_t i = mine.begin; i < mine.end; ++i) {
-            const int64_t u = g.statistic(section, i), c = g.channel(section, i);
+        g.each_channel(section, place, members, [&](int64_t i, int64_t c, int64_t u) {
             const Affine a = affine(static_cast<N*>(call.mean)[u], static_cast<N*>(call.rstd)[u],
                                     read(call.weight, work.weight_type, c, 1),
                                     read(call.bias, work.weight_type, c, 0));
@@ -310,7 +318,7 @@ template <class T> class Forwards {
                 scale[j] = static_cast<N>(a.scale);
                 scale[g.padded + j] = static_cast<N>(a.shift);
             }
-        }
+        });
     }
 
     void write_out(int64_t section, Range runs, bool rest, const N* scale) {
@@ -401,16 +409,14 @@ template <class T> class Backwards {
     double weight(int64_t c) const { return read(call.weight, work.weight_type, c, 1); }
 
     void prepare(int64_t section, N* column, int place, int members) {
-        const Range mine = share(g.channels, place, members);
-        for (int64_t i = mine.begin; i < mine.end; ++i) {
-            const int64_t u = g.statistic(section, i), c = g.channel(section, i);
+        g.each_channel(section, place, members, [&](int64_t i, int64_t c, int64_t u) {
             const Affine a = affine(mean(u), rstd(u), weight(c), read(call.bias, work.weight_type, c, 0));
             for (int64_t j = i; j < g.width; j += g.channels) {
                 column[kMean * g.padded + j] = mean(u);
                 column[kScale * g.padded + j] = static_cast<N>(a.scale);
                 column[kShift * g.padded + j] = static_cast<N>(a.shift);
             }
-        }
+        });
     }
 
     void measure(int64_t section, Range runs, bool rest, int me, const N* column, N* kept, double* out) {
@@ -456,9 +462,7 @@ template <class T> class Backwards {
     }
 
     void finish(int64_t section, const double* parts, double* total, int place, int members) {
-        const Range mine = share(g.channels, place, members);
-        for (int64_t i = mine.begin; i < mine.end; ++i) {
-            const int64_t c = g.channel(section, i);
+        g.each_channel(section, place, members, [&](int64_t i, int64_t c, int64_t u) {
             double dz = 0, dz_x = 0;
             for (int member = 0; member < members; ++member)
                 for (int64_t j = i; j < g.width; j += g.channels) {
@@ -467,12 +471,12 @@ template <class T> class Backwards {
                 }
             total[c] = dz;
             total[work.c + c] = dz_x;
-            if (work.groups) continue;
+            if (work.groups) return;
             if (call.sum_dz) static_cast<N*>(call.sum_dz)[c] = static_cast<N>(dz);
             if (call.sum_dz_x) static_cast<N*>(call.sum_dz_x)[c] = static_cast<N>(dz_x);
-            write(call.dweight, work.weight_type, c, dz_x * rstd(c));
+            write(call.dweight, work.weight_type, c, dz_x * rstd(u));
             write(call.dbias, work.weight_type, c, dz);
-        }
+        });
     }
 
     void prepare_slopes(int64_t section, const double* total, N* column, int place, int members) {
@@ -480,12 +484,12 @@ template <class T> class Backwards {
         const Range mine = share(g.channels / pooled, place, members);
         for (int64_t i = mine.begin; i < mine.end; ++i) {
             const Pair sums = weighted(section, i, total);
-            const int64_t u = g.statistic(section, i * pooled);
+            const int64_t u = g.statistic(section, i * pooled), away = g.channel(section, 0);
+            const Slopes s = slopes(work, mean(u), rstd(u), 1, sums.dz / call.count, sums.dz_x / call.count);
             for (int64_t k = i * pooled; k < (i + 1) * pooled; ++k) {
-                const double w = weight(g.channel(section, k));
-                const Slopes s = slopes(work, mean(u), rstd(u), w, sums.dz / call.count, sums.dz_x / call.count);
+                const double p = s.p * weight(away + k);
                 for (int64_t j = k; j < g.width; j += g.channels) {
-                    column[kP * g.padded + j] = static_cast<N>(s.p);
+                    column[kP * g.padded + j] = static_cast<N>(p);
                     column[kQ * g.padded + j] = static_cast<N>(s.q);
                     column[kR * g.padded + j] = static_cast<N>(s.r);
                 }
@@ -548,15 +552,17 @@ template <class T> class Backwards {
     }
 
     void over_samples() {
-        for (int64_t c = 0; c < work.c; ++c) {
-            double dz = 0, dz_x = 0;
-            for (int64_t n = 0; n < work.n; ++n) {
-                dz += totals[n * 2 * work.c + c];
-                dz_x += totals[(n * 2 + 1) * work.c + c] * rstd(n * work.groups + c / g.pooled());
+        const int64_t pooled = g.pooled();
+        for (int64_t u = 0; u < work.groups; ++u)
+            for (int64_t c = u * pooled; c < (u + 1) * pooled; ++c) {
+                double dz = 0, dz_x = 0;
+                for (int64_t n = 0; n < work.n; ++n) {
+                    dz += totals[n * 2 * work.c + c];
+                    dz_x += totals[(n * 2 + 1) * work.c + c] * rstd(n * work.groups + u);
+                }
+                write(call.dweight, work.weight_type, c, dz_x);
+                write(call.dbias, work.weight_type, c, dz);
             }
-            write(call.dweight, work.weight_type, c, dz_x);
-            write(call.dbias, work.weight_type, c, dz);
-        }
     }
 
     const Work& work;

@@ -75,7 +75,7 @@ template <class T, Gate... own, class Pick> auto for_gate(const Work& work, Pick
 template <Epilogue e, class V> INLINE V activated(V z, Activation kind, V slope) {
     if constexpr (e == Epilogue::none) return z;
     if constexpr (e == Epilogue::relu) return activated(z, Activation::relu, slope);
-    if constexpr (e == Epilogue::silu) return z * sigmoid(z);
+    if constexpr (e == Epilogue::silu) return z * factor(z);
     return activated(z, kind, slope);
 }
 
