@@ -108,6 +108,8 @@ SURGERY = Path("records") / "surgery"
 DOCTOR = Path("records") / "doctor"
 SPEEDS = Path("records") / "bench" / "cpu"
 """One directory per run of the benchmark."""
+COMPILED = Path("records") / "bench" / "compiled"
+"""The same with `torch.compile` of torch's layers as a peer."""
 WHOLE = Path("records") / "bench" / "models"
 """The same for training steps of whole models."""
 UNMEASURED = f"No record is committed yet; `normkit bench --op overhead --out {OVERHEAD}/1` makes one."
@@ -329,6 +331,33 @@ def goals(root: Path) -> str:
         "(least to greatest). The first two rows are asked of each type, the others of both together. Of each shape "
         f"the median of {repeats} runs. Slower than {bench_goals.SLOWER} times torch are {told}"
     )
+    return f"{table(found.header, found.rows)}\n\n{about}"
+
+
+def goals_beside_compile(root: Path) -> str:
+    """What is asked beside ``torch.compile`` of torch's own layers, and what was measured."""
+    files = sorted((root / COMPILED).glob("*/bench.jsonl"))
+    if not files:
+        return (
+            f"No record is committed yet; `normkit bench --implementation torch.compile --out {COMPILED}/1` makes one."
+        )
+    runs = [read_lines(file) for file in files]
+    found = bench_goals.table(runs, compiled=True)
+    refused = [
+        f"{r['op']} {'x'.join(map(str, r['shape']))} {r['dtype']} {r['layout'].replace('_', ' ')}"
+        for r in runs[0]
+        if r.get("implementation") == "torch.compile" and r["state"] == "refused"
+    ]
+    made, times = runs[0][0], f"{len(runs)} run{'' if len(runs) == 1 else 's'}"
+    about = (
+        "Times as fast as `torch.compile` of torch's own layers in the same rounds, forward and backward, pinned "
+        "allocator: geometric mean over shapes (least to greatest), all types of a row together. Of each shape the "
+        f"median of {times}. {made['processor']}, {made['threads of torch']} threads, torch {made['torch']}: "
+        f"{_links(files, root, '../')}."
+    )
+    if refused:
+        about += f" What the compiler makes of {len(refused)} cells differs from the reference by more than rounding, "
+        about += f"so they have no time: {'; '.join(refused)}."
     return f"{table(found.header, found.rows)}\n\n{about}"
 
 
@@ -832,6 +861,7 @@ def benchmarks(text: str) -> str:
     text = between_marks("docs/benchmarks.md", text, CALL, cost_of_a_call(ROOT))
     text = between_marks("docs/benchmarks.md", text, BLOCKS, composed_layers(ROOT))
     text = between_marks("docs/benchmarks.md", text, "goals", goals(ROOT))
+    text = between_marks("docs/benchmarks.md", text, "goals-compiled", goals_beside_compile(ROOT))
     return between_marks("docs/benchmarks.md", text, PASSES, measured_passes(ROOT))
 
 

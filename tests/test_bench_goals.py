@@ -65,3 +65,14 @@ def test_only_the_shapes_count_that_a_goal_speaks_of():
         "batch_norm 60x100 float32 contiguous 0.10×",
         "rms_norm 1x768 float32 contiguous 0.10×",
     ]
+
+
+def test_beside_a_compiled_layer_the_same_shapes_count_with_goals_of_their_own():
+    def compiled(shape, ratio, **other):
+        return {**record("batch_norm", shape, ratio, **other), "implementation": "torch.compile"}
+
+    run = [*both("batch_norm", [1], 3.0), compiled([1], 2.0), *both("batch_norm", [2], 3.0)]
+    run += [compiled([2], 1.0, state="refused")]  # a wrong result is no peer
+    found = bench_goals.table([run], compiled=True)
+    assert goal(found, "batch norm; ResNet-50")[0][2:] == ["1.30×", "1.50×", "–", "yes"]
+    assert not goal(found, "batch norm, ReLU")
