@@ -370,7 +370,8 @@ def whole_models(root: Path) -> str:
     found, made = bench_summary.models(runs, "pinned", "~"), runs[0][0]
     about = (
         "Times as fast as the plain model in the same rounds; a training step: forward, loss, backward, optimizer; "
-        f"pinned allocator, medians over the runs. {made['processor']}, {made['threads of torch']} threads, torch "
+        "pinned allocator, medians over the runs. Without norms: the same model with nothing in their places, which is "
+        f"what norms that took no time would give. {made['processor']}, {made['threads of torch']} threads, torch "
         f"{made['torch']}: {_links(files, root, '../')}. ~: the machine was busy."
     )
     return f"{table(found.header, found.rows)}\n\n{about}"

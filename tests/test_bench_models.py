@@ -72,6 +72,18 @@ def test_a_training_step_of_each_model(monkeypatch, name, dtype, accelerate, sta
     assert 0 < parity["loss"]["error"] < (1e-5 if dtype == "float32" else 0.05)
 
 
+def test_the_yardstick_is_the_model_without_its_norms(monkeypatch):
+    monkeypatch.setitem(models.MODELS, "unet", TINY["unet"])
+    bare = training._without_norms(TINY["unet"].make())
+    assert not [m for m in bare.modules() if isinstance(m, nn.GroupNorm)]
+    assert [m for m in bare.modules() if isinstance(m, nn.Conv2d)]
+    effort = replace(BRIEF, wanted=("torch", training.NO_NORMS))
+    plain, bare = training.measure("unet", "float32", "contiguous", effort)
+    assert (bare["implementation"], bare["state"], "parity" in bare) == ("no norms", "measured", False)
+    assert bare["step"]["speedup"]["value"] > 0
+    assert "speedup" not in plain["step"]
+
+
 def test_a_model_that_a_compiler_cannot_take_costs_its_own_row_only(monkeypatch):
     monkeypatch.setitem(models.MODELS, "transformer", TINY["transformer"])
 

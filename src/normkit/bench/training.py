@@ -1,4 +1,8 @@
-"""A training step of a whole model: as it is, accelerated, compiled, and compiled through normkit's backend."""
+"""A training step of a whole model: as it is, accelerated, compiled, and compiled through normkit's backend.
+
+The yardstick is the same model without its norms. Norms that took no time could not do better, unless they take over
+the activations and additions behind them as well.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +24,9 @@ from normkit.bench.peers import BASELINE
 
 TELLING = 0.5
 """A relative error of the plain model's gradients beyond which comparing them says little."""
+NO_NORMS = "no norms"
+"""The yardstick. It computes something else, so it has no parity."""
+_NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 RATE = 1e-6
 """Of the optimizer: the model should hardly move while it is timed."""
 
@@ -102,7 +109,7 @@ VARIANTS: dict[str, Callable[[nn.Module], Pair]] = {
 
 
 def measure(name: str, dtype: str, layout: str, effort: Effort, device: str = "cpu") -> list[Record]:
-    """One record per variant: measured, refused or skipped.
+    """One record per variant, measured, refused or skipped, and one of the yardstick.
 
     float16 and bfloat16 are autocast over float32 parameters, as people train. Loss and gradients are compared with
     those of the same model in float64: a variant may be twice as far from them as the plain model is, and by some
@@ -157,10 +164,21 @@ def measure(name: str, dtype: str, layout: str, effort: Effort, device: str = "c
             continue
         records.append({**record, "state": "measured"})
         steps[variant] = trainee.step()
+    if not effort.wanted or NO_NORMS in effort.wanted:
+        bare = _without_norms(copy.deepcopy(plain))
+        records.append({**about, "implementation": NO_NORMS, "state": "measured"})
+        steps[NO_NORMS] = Trainee(bare, bare, setting, x, targets, dtype).step()
     for variant, told in time_steps(steps, effort, device).items():
         next(r for r in records if r["implementation"] == variant).update(told)
     torch.compiler.reset()
     return records
+
+
+def _without_norms(model: nn.Module) -> nn.Module:
+    for name, module in list(model.named_modules()):
+        if isinstance(module, _NORMS):
+            model.set_submodule(name, nn.Identity())
+    return model
 
 
 def _floor(what: str) -> int:

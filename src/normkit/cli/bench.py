@@ -25,7 +25,7 @@ from normkit.bench.allocator import ALLOCATORS
 from normkit.bench.blocks import BLOCKS
 from normkit.bench.plan import EFFORTS, MODELS, SPECIAL, Plan, Task, case_of, tasks
 from normkit.bench.run import run
-from normkit.bench.training import VARIANTS
+from normkit.bench.training import NO_NORMS, VARIANTS
 from normkit.cli import arguments
 from normkit.cli.environment import gpus, kernels, processor, software
 from normkit.cli.errors import UserError, from_user
@@ -103,7 +103,7 @@ def _plan(asked: Bench) -> Plan:
         (
             "implementation",
             asked.implementation,
-            list(dict.fromkeys([*peers.all_names(), *VARIANTS, *memory.VARIANTS])),
+            list(dict.fromkeys([*peers.all_names(), *VARIANTS, NO_NORMS, *memory.VARIANTS])),
         ),
     ):
         for word in words:

@@ -119,6 +119,7 @@ def models(runs: Iterable[Sequence[Record]], allocator: str, busy: str) -> Table
         "normkit": "`accelerate_`",
         "torch.compile": "torch.compile",
         "torch.compile, normkit": 'backend="normkit"',
+        "no norms": "without norms",
     }
     variants = [variant for variant in titles if any(variant in own for own in found.values())]
     rows = []
