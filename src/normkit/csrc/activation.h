@@ -51,22 +51,6 @@ INLINE Doubles exp(Doubles x) {
     return x;
 }
 
-// erfc by the rational Chebyshev fit of Numerical Recipes (erfcc): relative error below 1.2e-7, and that of e^(-x x).
-INLINE Floats erfc(Floats x) {
-    const Floats a = x < 0.0f ? -x : x;
-    const Floats t = 1.0f / (1.0f + 0.5f * a);
-    Floats p = all(0.17087277f);
-    for (float c : {-0.82215223f, 1.48851587f, -1.13520398f, 0.27886807f, -0.18628806f, 0.09678418f, 0.37409196f,
-                    1.00002368f, -1.26551223f})
-        p = p * t + c;
-    const Floats tail = t * exp(p - a * a);
-    return x < 0.0f ? 2.0f - tail : tail;
-}
-INLINE Doubles erfc(Doubles x) {
-    for (int i = 0; i < kDoubles; ++i) x[i] = std::erfc(x[i]);
-    return x;
-}
-
 // 1 / x for 1 <= x < 2^127. A division takes as long as everything around it; an estimate and a step of Newton's method are
 // right to about one unit in the last place.
 INLINE Floats inverse(Floats x) {
@@ -76,6 +60,25 @@ INLINE Floats inverse(Floats x) {
 #else
     return 1.0f / x;
 #endif
+}
+
+// The share of a normal distribution below z, and its bell e^(-z z / 2). Below -|z| is half of erfc(|z| / sqrt(2)), which is
+// the bell times t P(t) with t = 1 / (1 + 0.4 |z| / sqrt(2)): a polynomial fitted for the least relative error, 1.3e-7. At
+// +-13 the share is 0 or 1 in float32.
+INLINE Floats below(Floats z, Floats& bell) {
+    const Floats x = between(-13.0f, z, 13.0f), t = inverse(1.0f + (x < 0.0f ? -x : x) * 0.282842712f);
+    bell = power(x * x, -0.5f * kLog2E);
+    Floats p = all(0.050262268632650375f);
+    for (float c : {-0.1829020231962204f, 0.16908633708953857f, -0.005608310457319021f, 0.1414318084716797f,
+                    0.16854187846183777f, 0.20784270763397217f, 0.22566959261894226f, 0.22567586600780487f})
+        p = p * t + c;
+    const Floats tail = t * p * bell * 0.5f;
+    return x < 0.0f ? tail : 1.0f - tail;
+}
+INLINE Doubles below(Doubles z, Doubles& bell) {
+    bell = exp(z * z * -0.5);
+    for (int i = 0; i < kDoubles; ++i) z[i] = 0.5 * std::erfc(z[i] * -0.70710678118654752440);
+    return z;
 }
 
 INLINE Floats sigmoid(Floats x) { return inverse(1 + power(between(-87.0f, x, 87.0f), -kLog2E)); }
@@ -97,9 +100,10 @@ template <class V> using Lane = std::decay_t<decltype(std::declval<V>()[0])>;
 // The curved ones stay out of line: written into every loop, they would be most of the program.
 template <class V> __attribute__((noinline)) V curved(V z, Activation kind) {
     using N = Lane<V>;
-    constexpr N half = N(0.5), root = N(0.70710678118654752440), cube = N(0.044715), steep = N(1.5957691216057308);
+    constexpr N cube = N(0.044715), steep = N(1.5957691216057308);
+    V bell;
     if (kind == Activation::silu) return z * factor(z);
-    if (kind == Activation::gelu) return z * half * erfc(z * -root);
+    if (kind == Activation::gelu) return z * below(z, bell);
     return z * sigmoid((z + z * z * z * cube) * steep);
 }
 
@@ -109,10 +113,13 @@ template <class V> INLINE V silu_derivative(V z) {
 }
 template <class V> __attribute__((noinline)) V curved_derivative(V z, Activation kind) {
     using N = Lane<V>;
-    constexpr N half = N(0.5), root = N(0.70710678118654752440), peak = N(0.39894228040143267794);
-    constexpr N cube = N(0.044715), steep = N(1.5957691216057308);
+    constexpr N peak = N(0.39894228040143267794), cube = N(0.044715), steep = N(1.5957691216057308);
     if (kind == Activation::silu) return silu_derivative(z);
-    if (kind == Activation::gelu) return erfc(z * -root) * half + z * exp(z * z * -half) * peak;
+    if (kind == Activation::gelu) {
+        V bell;
+        const V share = below(z, bell);
+        return share + z * bell * peak;
+    }
     const V s = sigmoid((z + z * z * z * cube) * steep);
     return s + z * s * (1 - s) * (z * z * (3 * cube) + 1) * steep;
 }

@@ -336,6 +336,23 @@ INLINE double total(Doubles value) {
     return sum;
 }
 
+// The totals of several registers, added in the same order as one.
+template <class V, int n> INLINE void totals(const V (&values)[n], double* out) {
+    for (int k = 0; k < n; ++k) out[k] = total(values[k]);
+}
+#if defined(__AVX512F__)
+INLINE void totals(const Floats (&values)[4], double* out) {
+    const auto halves = [](__m512 a, __m512 b) {
+        return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    };
+    const __m512 a = halves((__m512)values[0], (__m512)values[1]), b = halves((__m512)values[2], (__m512)values[3]);
+    __m512 sum = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));  // one in each quarter
+    sum = _mm512_add_ps(sum, _mm512_permute_ps(sum, 0x4e));
+    const Floats all = (Floats)_mm512_add_ps(sum, _mm512_permute_ps(sum, 0xb1));
+    for (int k = 0; k < 4; ++k) out[k] = all[4 * k];
+}
+#endif
+
 // ---- sweeps ---------------------------------------------------------------------------------------------------------
 
 // step(i, whole or part) for every register of n elements. `twice` writes the step down twice per turn.

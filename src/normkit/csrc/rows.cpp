@@ -10,6 +10,7 @@ namespace normkit::NORMKIT_ISA {
 namespace {
 
 constexpr int64_t kRowsAtOnce = 4;   // rows whose share in the weight's gradient is added up in registers
+constexpr int64_t kShort = 512;       // rows of so few elements are measured several at once
 constexpr int64_t kRowsInFloat = 64;  // rows that may be summed in float before they go into double
 
 struct Geometry {
@@ -56,6 +57,47 @@ template <class T> Moments measure(const T* x, int64_t n, bool center) {
     return out;
 }
 
+// The same for short rows, several at once: by itself each would wait for one sum after another, for a division and for a
+// root. What comes of a row does not depend on how many are taken with it.
+template <class T, int kRows>
+void measure_short(const T* x, int64_t n, bool center, double eps, Number<T>* mean, Number<T>* rstd) {
+    using V = Lanes<T>;
+    using N = Number<T>;
+    const double inverse = 1 / static_cast<double>(n);
+    double sum[kRows]{}, rest[kRows], m2[kRows];
+    if (center) {
+        V added[kRows]{};
+        sweep<width<T>>(n, [&](int64_t i, auto m) __attribute__((always_inline)) {
+            for (int k = 0; k < kRows; ++k) added[k] += load(x + k * n + i, m);
+        });
+        totals(added, sum);
+    }
+    V one[kRows]{}, two[kRows]{};
+    N around[kRows];
+    for (int k = 0; k < kRows; ++k) around[k] = static_cast<N>(sum[k] * inverse);
+    sweep<width<T>>(n, [&](int64_t i, auto m) __attribute__((always_inline)) {
+        for (int k = 0; k < kRows; ++k) {
+            const V d = only(load(x + k * n + i, m) - around[k], m);
+            one[k] += d;
+            two[k] += d * d;
+        }
+    });
+    totals(one, rest);
+    totals(two, m2);
+    for (int k = 0; k < kRows; ++k) {
+        double var = m2[k] * inverse;
+        if (center) {
+            const double left = rest[k] * inverse;  // by rounding the mean
+            var -= left * left;
+            var = var < 0 ? 0 : var;
+            mean[k] = static_cast<N>(around[k] + left);
+        } else {
+            mean[k] = 0;
+        }
+        rstd[k] = static_cast<N>(1 / std::sqrt(var + eps));
+    }
+}
+
 // y = activation((x - mean) * rstd * weight + bias + residual)
 template <class T, Epilogue e, bool residual>
 void apply(const Work& work, const T* x, const T* r, T* y, uint8_t* bits, int64_t n, Number<T> mean, Number<T> rstd,
@@ -84,6 +126,23 @@ template <class T> auto pick_apply(const Work& work) {
     });
 }
 
+// Statistics of the rows from this one on; how many.
+template <class T> int64_t measure(const Work& work, const Forward& call, int64_t row, int64_t end) {
+    using N = Number<T>;
+    const int64_t n = work.c;
+    const T* x = static_cast<const T*>(call.x) + row * n;
+    N *mean = static_cast<N*>(call.mean) + row, *rstd = static_cast<N*>(call.rstd) + row;
+    if (n > kShort) {
+        const Moments m = measure<T>(x, n, work.center);
+        *mean = static_cast<N>(m.mean);
+        *rstd = static_cast<N>(1 / std::sqrt(m.m2 / m.count + call.eps));
+        return 1;
+    }
+    const bool several = end - row >= kRowsAtOnce;
+    (several ? measure_short<T, kRowsAtOnce> : measure_short<T, 1>)(x, n, work.center, call.eps, mean, rstd);
+    return several ? kRowsAtOnce : 1;
+}
+
 template <class T> void forwards(const Work& work, const Forward& call) {
     using N = Number<T>;
     const Geometry g(work);
@@ -95,12 +154,11 @@ template <class T> void forwards(const Work& work, const Forward& call) {
     {
         const Range mine = share(work.n, omp_get_thread_num(), omp_get_num_threads());
         Output<T> output(call.stream);
+        int64_t measured = mine.begin;  // rows before this one have their statistics
         for (int64_t row = mine.begin; row < mine.end; ++row) {
             const T* x = static_cast<const T*>(call.x) + row * g.length;
-            const Moments m = measure<T>(x, g.length, work.center);
-            const N mean = static_cast<N>(m.mean), rstd = static_cast<N>(1 / std::sqrt(m.m2 / m.count + call.eps));
-            static_cast<N*>(call.mean)[row] = mean;
-            static_cast<N*>(call.rstd)[row] = rstd;
+            if (row == measured) measured += measure<T>(work, call, row, mine.end);
+            const N mean = static_cast<N*>(call.mean)[row], rstd = static_cast<N*>(call.rstd)[row];
             for (int64_t i = 0; i < g.length; i += Output<T>::kRoom) {
                 const int64_t left = g.length - i, n = left < Output<T>::kRoom ? left : Output<T>::kRoom;
                 const int64_t here = row * g.length + i, at = g.turn(row) + i;
@@ -166,9 +224,12 @@ void sum_rows(const Work& work, const Row<T>* given, int64_t n, const Number<T>*
             if (dbias) store(dbias + i, load(dbias + i, Whole{}) + to_bias, Whole{});
         };
         sweep<width<T>, g != Gate::any>(n - start < kStretch ? n - start : kStretch, add);
+        double first[kRows], second[kRows];
+        totals(one, first);
+        totals(two, second);
         for (int k = 0; k < kRows; ++k) {
-            sums[k][0] += total(one[k]);
-            sums[k][1] += total(two[k]);
+            sums[k][0] += first[k];
+            sums[k][1] += second[k];
         }
     }
 }

@@ -24,6 +24,9 @@ module, absence = _load()
 """The compiled module, or ``None`` and the reason."""
 
 
+has_avx512 = module is not None and str(module.isa()).startswith("avx512")
+
+
 def describe() -> str:
     """One line about the compiled kernels: for ``normkit env``."""
     if module is None:

@@ -20,16 +20,24 @@ if TYPE_CHECKING:
 
 BATCH, LAYER, GROUP, INSTANCE = "[n] c [s...]", "n... [c...]", "n (g [c]) [s...]", "n c [s...]"
 OVER_CHANNELS = "n [c] s..."
-SMALL = {BATCH: 2**17, LAYER: 2**20, GROUP: 2**21, INSTANCE: 2**16}
+SMALL = {BATCH: 2**17, GROUP: 2**21, INSTANCE: 2**16}
 """Elements up to which torch's one operator for a pattern is faster than a kernel, where nothing follows it. Torch has
 none for RMS norm: there a kernel is faster at any size."""
-SMALL_FUSED = {BATCH: 2**16, LAYER: 2**12, GROUP: 3 * 2**15, INSTANCE: 2**14}
+SMALL_FUSED = {BATCH: 2**16, GROUP: 3 * 2**15, INSTANCE: 2**14}
 """The same where a residual or an activation follows, for which torch needs further operators."""
+SMALL_ROWS = {
+    # something follows, 16 bits: below NARROW values, others
+    (False, False): (2**18, 2**21),
+    (False, True): (2**17, 2**18),
+    (True, False): (2**16, 2**17),
+    (True, True): (2**15, 2**16),
+}
+"""The same for layer norm, by the width of its rows: torch's operator takes long for many short ones."""
 BATCH_FORWARD, BATCH_FORWARD_FUSED = 2**22, 2**18
 """The same for batch norm in evaluation without gradients: torch's has one pass over memory to make."""
 NARROW = 256
-"""Rows of fewer values have more to begin and to end than to do; so have maps of instance norm, and maps of a quarter
-as many where something follows."""
+"""Rows of fewer values are short. Maps of instance norm of fewer have more to begin and to end than to do, and so have
+maps of a quarter as many where something follows."""
 COMPILED, COMPILED_RELU = 2**21, 2**14
 """Elements from which on a compiler puts these kernels into its graph as operators."""
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -89,10 +97,11 @@ def torch_is_faster(
 ) -> bool:
     """Whether torch's operators do the same in less time.
 
-    Limits found on machines with two cores: those of layer norm with AVX2, the others with AVX-512.
+    Limits found on a machine with two cores and AVX-512.
     """
     if over == BATCH and not by_batch and not torch.is_grad_enabled():
-        return x.numel() < (BATCH_FORWARD_FUSED if fused else BATCH_FORWARD) or _is_gelu(activation, fused)
+        slow = _is_gelu(activation, fused) and _dense_halves(x)
+        return slow or x.numel() < (BATCH_FORWARD_FUSED if fused else BATCH_FORWARD)
     rule = _RULES.get(over or "")
     return center and rule is not None and rule(x, fused, _is_gelu(activation, fused))
 
@@ -101,23 +110,28 @@ def _is_gelu(activation: Any, fused: bool) -> bool:
     return fused and fusible(activation)[0] == "gelu"
 
 
+def _dense_halves(x: Tensor) -> bool:
+    """Of these torch's GELU takes the least time."""
+    return x.element_size() < 4 and x.is_contiguous()
+
+
+def _slow_gelu(x: Tensor, gelu: bool) -> bool:
+    return gelu and _dense_halves(x) and not loading.has_avx512
+
+
 def _batch(x: Tensor, fused: bool, gelu: bool) -> bool:
-    return gelu or x.numel() < (SMALL_FUSED if fused else SMALL)[BATCH]
+    return _slow_gelu(x, gelu) or x.numel() < (SMALL_FUSED if fused else SMALL)[BATCH]
 
 
 def _layer(x: Tensor, fused: bool, gelu: bool) -> bool:
-    wide = x.element_size() >= 4
-    if fused:
-        return gelu or x.numel() < SMALL_FUSED[LAYER] or (wide and x.shape[-1] < NARROW)
-    least = SMALL[LAYER] if wide else SMALL[LAYER] // 4
-    forward_only = wide and not torch.is_grad_enabled()  # the backward pass is where most is won
-    return x.shape[-1] < (2 * NARROW if wide else NARROW) or x.numel() < (4 * least if forward_only else least)
+    short, others = SMALL_ROWS[fused, x.element_size() < 4]
+    return gelu or x.numel() < (short if x.shape[-1] < NARROW else others)
 
 
 def _group(x: Tensor, fused: bool, gelu: bool) -> bool:
     half, channels_last = x.element_size() < 4, not x.is_contiguous()
     if fused:  # torch's operators take several times as long for 16 bits that lie channels-last
-        return gelu or x.numel() < SMALL_FUSED[GROUP] // (8 if half and channels_last else 1)
+        return _slow_gelu(x, gelu) or x.numel() < SMALL_FUSED[GROUP] // (8 if half and channels_last else 1)
     return x.numel() < SMALL[GROUP] // (16 if half and channels_last else 8 if half or channels_last else 1)
 
 
