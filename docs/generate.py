@@ -12,6 +12,7 @@ import inspect
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import median
@@ -108,8 +109,6 @@ SURGERY = Path("records") / "surgery"
 DOCTOR = Path("records") / "doctor"
 SPEEDS = Path("records") / "bench" / "cpu"
 """One directory per run of the benchmark."""
-COMPILED = Path("records") / "bench" / "compiled"
-"""The same with `torch.compile` of torch's layers as a peer."""
 WHOLE = Path("records") / "bench" / "models"
 """The same for training steps of whole models."""
 UNMEASURED = f"No record is committed yet; `normkit bench --op overhead --out {OVERHEAD}/1` makes one."
@@ -334,31 +333,30 @@ def goals(root: Path) -> str:
     return f"{table(found.header, found.rows)}\n\n{about}"
 
 
-def goals_beside_compile(root: Path) -> str:
-    """What is asked beside ``torch.compile`` of torch's own layers, and what was measured."""
-    files = sorted((root / COMPILED).glob("*/bench.jsonl"))
-    if not files:
-        return (
-            f"No record is committed yet; `normkit bench --implementation torch.compile --out {COMPILED}/1` makes one."
-        )
-    runs = [read_lines(file) for file in files]
-    found = bench_goals.table(runs, compiled=True)
-    refused = [
-        f"{r['op']} {'x'.join(map(str, r['shape']))} {r['dtype']} {r['layout'].replace('_', ' ')}"
-        for r in runs[0]
-        if r.get("implementation") == "torch.compile" and r["state"] == "refused"
-    ]
-    made, times = runs[0][0], f"{len(runs)} run{'' if len(runs) == 1 else 's'}"
+def beside_compile(root: Path) -> str:
+    """What is asked beside ``torch.compile`` of torch's own layers, what was measured, and the same for every op."""
+    runs = [read_lines(file) for file in sorted((root / SPEEDS).glob("*/bench.jsonl"))]
+    repeats = bench_summary.repeats(runs, "pinned", "torch.compile")
+    if not repeats:
+        return f"No record is committed yet; `normkit bench --implementation torch.compile --out {SPEEDS}/1` makes one."
+    asked = bench_goals.table(runs, compiled=True)
+    every = bench_summary.table(runs, "pinned", against="torch.compile")
+    refused = {
+        (r["op"], *r["shape"], r["dtype"], r["layout"])
+        for r in (r for run in runs for r in run)
+        if r.get("implementation") == "torch.compile" and r["state"] == "refused" and r["allocator"] == "pinned"
+    }
     about = (
         "Times as fast as `torch.compile` of torch's own layers in the same rounds, forward and backward, pinned "
-        "allocator: geometric mean over shapes (least to greatest), all types of a row together. Of each shape the "
-        f"median of {times}. {made['processor']}, {made['threads of torch']} threads, torch {made['torch']}: "
-        f"{_links(files, root, '../')}."
+        "allocator: geometric mean over shapes (least to greatest); a goal is for all types of its row together. Of "
+        f"each shape the median of {repeats} runs."
     )
     if refused:
-        about += f" What the compiler makes of {len(refused)} cells differs from the reference by more than rounding, "
-        about += f"so they have no time: {'; '.join(refused)}."
-    return f"{table(found.header, found.rows)}\n\n{about}"
+        what = Counter(f"{op} in {dtype}" for op, *_, dtype, _ in refused)
+        told = ", ".join(f"{count} of {name}" for name, count in sorted(what.items()))
+        about += " What the compiler makes of some cells is further from float64 than roundings explain, so they have "
+        about += f"no time: {told}."
+    return "\n\n".join([table(asked.header, asked.rows), "Every op:", table(every.header, every.rows), about])
 
 
 def whole_models(root: Path) -> str:
@@ -862,7 +860,7 @@ def benchmarks(text: str) -> str:
     text = between_marks("docs/benchmarks.md", text, CALL, cost_of_a_call(ROOT))
     text = between_marks("docs/benchmarks.md", text, BLOCKS, composed_layers(ROOT))
     text = between_marks("docs/benchmarks.md", text, "goals", goals(ROOT))
-    text = between_marks("docs/benchmarks.md", text, "goals-compiled", goals_beside_compile(ROOT))
+    text = between_marks("docs/benchmarks.md", text, "goals-compiled", beside_compile(ROOT))
     return between_marks("docs/benchmarks.md", text, PASSES, measured_passes(ROOT))
 
 

@@ -1,6 +1,7 @@
 """What torch.compile sees of the CPU kernels: two operators, with eager's numbers, chosen where they are faster."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -121,8 +122,8 @@ def test_one_graph_serves_batches_of_any_size():
 
 
 def test_when_a_compiler_is_faster():
-    faster = native.compiler_is_faster
-    small, large = torch.empty(2**14), torch.empty(2**21)
+    faster = functools.partial(native.compiler_is_faster, native.BATCH)
+    small, large = torch.empty(2**14), torch.empty(2**20)
     assert not faster(small, "relu", batch_statistics=True)
     assert faster(small[1:], "relu", batch_statistics=True)
     assert faster(small, None, batch_statistics=True)
@@ -131,6 +132,15 @@ def test_when_a_compiler_is_faster():
     assert faster(large, "relu", batch_statistics=False)
     with torch.no_grad():
         assert faster(large, "relu", batch_statistics=True)
+    middle = torch.empty(1, 64, 64, 64)
+    last = middle.to(memory_format=torch.channels_last)
+    for over, x, expected in (
+        (native.GROUP, last, False),
+        (native.INSTANCE, last, False),
+        (native.BATCH, last, True),
+        (native.GROUP, middle, True),
+    ):
+        assert native.compiler_is_faster(over, x, None, batch_statistics=True) == expected
 
 
 @pytest.mark.parametrize("backend", [None, "torch"], ids=str)

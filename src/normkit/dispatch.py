@@ -261,7 +261,7 @@ def _torch_at_once(
     if torch.compiler.is_compiling():
         if not x.is_cpu:
             return True  # the Triton kernels are reluctant there
-        return loading.module is None or native.compiler_is_faster(x, activation, batch_statistics)
+        return loading.module is None or native.compiler_is_faster(over or spec.over, x, activation, batch_statistics)
     return _torch_is_faster(spec, over or spec.over, x, activation, followed, batch_statistics)
 
 

@@ -38,8 +38,9 @@ BATCH_FORWARD, BATCH_FORWARD_FUSED = 2**22, 2**18
 NARROW = 256
 """Rows of fewer values are short. Maps of instance norm of fewer have more to begin and to end than to do, and so have
 maps of a quarter as many where something follows."""
-COMPILED, COMPILED_RELU = 2**21, 2**14
-"""Elements from which on a compiler puts these kernels into its graph as operators."""
+COMPILED, COMPILED_RELU, COMPILED_LAST = 2**20, 2**14, 2**18
+"""Elements from which on a compiler puts these kernels into its graph as operators: any norm, one with a ReLU, and group
+and instance norm of channels-last inputs."""
 _PLAIN = (Tensor, torch.nn.Parameter)
 _FIRST, _SECOND, _BOTH = 1, 2, 3  # steps of a backward pass: the sums come first, the gradients of the inputs second
 
@@ -158,22 +159,28 @@ _RULES: dict[str, Callable[[Tensor, bool, bool], bool]] = {
 """For each pattern that torch has an operator for, whether this is faster: input, something follows, that is a GELU."""
 
 
-def compiler_is_faster(x: Tensor, activation: Any, batch_statistics: bool) -> bool:
+def compiler_is_faster(over: str | None, x: Tensor, activation: Any, batch_statistics: bool) -> bool:
     """Whether a compiler that sees torch's operators makes of them what takes less time than these kernels.
 
     Without a backward pass, or by given statistics, it fuses the norm with its neighbours. In training Inductor wins
-    where the cost of calling an operator is much of the whole; not with a ReLU, whose mask it stores bit by bit.
+    where the cost of calling an operator is much of the whole; not with a ReLU, whose mask it stores bit by bit, and
+    less so where it walks through channels-last inputs group by group.
     """
     if not (batch_statistics and torch.is_grad_enabled()):
         return True
     name, _ = fusible(activation)
-    return name == "gelu" or x.numel() < (COMPILED_RELU if name == "relu" else COMPILED)
+    if name == "gelu":
+        return True
+    if name == "relu":
+        return x.numel() < COMPILED_RELU
+    last = over in (GROUP, INSTANCE) and not x.is_contiguous()
+    return x.numel() < (COMPILED_LAST if last else COMPILED)
 
 
 def reluctance(call: Call) -> list[str]:
     """Why the compiled kernels will not run a call that they could run, unless asked for by name."""
     if torch.compiler.is_compiling():
-        faster = compiler_is_faster(call.x, call.activation, call.batch_statistics)
+        faster = compiler_is_faster(call.over, call.x, call.activation, call.batch_statistics)
         return ["a compiler of torch's operators is faster here"] if faster else []
     fused = call.residual is not None or call.activation is not None
     if not call.merged and torch_is_faster(

@@ -50,9 +50,9 @@ def speedups(runs: Sequence[Iterable[Record]], allocator: str, against: str = "t
     return {cell: statistics.median(values) for cell, values in _by_cell(runs, allocator, against).items()}
 
 
-def repeats(runs: Sequence[Iterable[Record]], allocator: str) -> int:
+def repeats(runs: Sequence[Iterable[Record]], allocator: str, against: str = "torch") -> int:
     """How many runs measured each cell, at least; 0 without any."""
-    return min((len(values) for values in _by_cell(runs, allocator, "torch").values()), default=0)
+    return min((len(values) for values in _by_cell(runs, allocator, against).values()), default=0)
 
 
 def _by_cell(runs: Sequence[Iterable[Record]], allocator: str, against: str) -> dict[Cell, list[float]]:
