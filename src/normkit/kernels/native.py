@@ -39,8 +39,8 @@ NARROW = 256
 """Rows of fewer values are short. Maps of instance norm of fewer have more to begin and to end than to do, and so have
 maps of a quarter as many where something follows."""
 COMPILED, COMPILED_RELU, COMPILED_LAST = 2**20, 2**14, 2**18
-"""Elements from which on a compiler puts these kernels into its graph as operators: any norm, one with a ReLU, and group
-and instance norm of channels-last inputs."""
+"""Elements from which on a compiler puts these kernels into its graph as operators: any norm, one with a ReLU, and
+group and instance norm of channels-last inputs."""
 _PLAIN = (Tensor, torch.nn.Parameter)
 _FIRST, _SECOND, _BOTH = 1, 2, 3  # steps of a backward pass: the sums come first, the gradients of the inputs second
 
