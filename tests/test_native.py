@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import normkit as nk
-from normkit.kernels import loading
+from normkit.kernels import loading, native
 from oracle import examine
 
 pytestmark = pytest.mark.skipif(loading.module is None, reason=str(loading.absence))
@@ -114,6 +114,22 @@ def test_curved_activations_are_right_to_a_few_roundings_wherever_they_are_not_z
     (dx_wanted,) = torch.autograd.grad(wanted[ordinary].sum(), oracle)
     torch.testing.assert_close(dx[ordinary].double(), dx_wanted[ordinary], rtol=8e-6, atol=2e-6)
     assert layer(torch.full((20_000, 1), torch.nan)).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [5, 96, 512, 700])
+@pytest.mark.parametrize("norm", [nk.LayerNorm, nk.RMSNorm])
+def test_what_comes_of_a_row_does_not_depend_on_its_neighbours(norm, width, dtype):
+    torch.set_num_threads(1)
+    layer = spread(norm(width, backend="native"), dtype)
+    x, upstream = numbers((11, width), dtype).requires_grad_(), torch.randn(11, width).to(dtype)
+    y = layer(x)
+    (dx,) = torch.autograd.grad(y, x, upstream)
+    for first, last in ((0, 1), (1, 4), (2, 6), (4, 11)):
+        some = x.detach()[first:last].requires_grad_()
+        mine = layer(some)
+        assert torch.equal(mine, y[first:last])
+        assert torch.equal(torch.autograd.grad(mine, some, upstream[first:last])[0], dx[first:last])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -347,6 +363,44 @@ with nk.backend("native"), pytest.raises(RuntimeError, match="NORMKIT_NATIVE=0")
     subprocess.run([sys.executable, "-c", program], check=True, env={**os.environ, "NORMKIT_NATIVE": "0"})
 
 
+@pytest.mark.parametrize(
+    ("shape", "dtype", "activation", "expected"),
+    [
+        ((2048, 96), torch.float32, None, True),
+        ((4096, 96), torch.float32, None, False),
+        ((4096, 256), torch.float32, None, True),
+        ((8192, 256), torch.float32, None, False),
+        ((2048, 96), torch.bfloat16, None, False),
+        ((1024, 256), torch.bfloat16, None, False),
+        ((1024, 96), torch.float32, "relu", False),
+        ((8192, 256), torch.float32, "gelu", True),
+    ],
+)
+def test_where_torchs_layer_norm_is_faster(shape, dtype, activation, expected):
+    x, module = torch.empty(shape, dtype=dtype), nk.epilogue.activation_module(activation) if activation else None
+    assert native.torch_is_faster(native.LAYER, True, x, module, activation is not None) == expected
+
+
+@pytest.mark.parametrize("avx512", [True, False])
+@pytest.mark.parametrize("over", [native.BATCH, native.GROUP])
+def test_where_torchs_gelu_is_faster(over, avx512, monkeypatch):
+    monkeypatch.setattr(loading, "has_avx512", avx512)
+    module = nk.epilogue.activation_module("gelu")
+
+    def faster(dtype, form=torch.contiguous_format, by_batch=True):
+        x = torch.empty(8, 64, 32, 32, dtype=dtype).contiguous(memory_format=form)
+        return native.torch_is_faster(over, True, x, module, True, by_batch)
+
+    assert not faster(torch.float32)
+    assert not faster(torch.bfloat16, torch.channels_last)
+    assert faster(torch.bfloat16) is not avx512
+    assert faster(torch.float64)
+    if over == native.BATCH:
+        with torch.no_grad():
+            assert faster(torch.bfloat16, by_batch=False)
+            assert not faster(torch.bfloat16, torch.channels_last, by_batch=False)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16"])
 def test_every_instruction_set_that_this_machine_has(isa):
@@ -354,7 +408,7 @@ def test_every_instruction_set_that_this_machine_has(isa):
     name = [sys.executable, "-c", "import torch; from normkit.kernels import loading; print(loading.module.isa())"]
     if subprocess.run(name, check=True, env=environment, capture_output=True, text=True).stdout.strip() != isa:
         pytest.skip(f"this machine has no {isa}")
-    tests = [__file__, "-k", "every_path or any_width or gradients or phases", "-p", "no:xdist"]
+    tests = [__file__, "-k", "every_path or any_width or gradients or phases or curved or neighbours", "-p", "no:xdist"]
     done = subprocess.run([sys.executable, "-m", "pytest", *tests], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:]
 

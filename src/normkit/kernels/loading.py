@@ -22,9 +22,8 @@ def _load() -> tuple[Any, str | None]:
 
 module, absence = _load()
 """The compiled module, or ``None`` and the reason."""
-
-
 has_avx512 = module is not None and str(module.isa()).startswith("avx512")
+"""Whether the kernels use it."""
 
 
 def describe() -> str:

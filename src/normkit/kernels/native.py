@@ -117,7 +117,8 @@ def _dense_halves(x: Tensor) -> bool:
 
 
 def _slow_gelu(x: Tensor, gelu: bool) -> bool:
-    return gelu and _dense_halves(x) and not loading.has_avx512
+    """float64 has no kernel of its own for it."""
+    return gelu and (x.element_size() == 8 or (_dense_halves(x) and not loading.has_avx512))
 
 
 def _batch(x: Tensor, fused: bool, gelu: bool) -> bool:
