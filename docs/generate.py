@@ -285,12 +285,17 @@ def _counts_as_call(record: dict[str, Any]) -> bool:
     return named and record.get("state") == "measured" and record["allocator"] == "default"
 
 
+def speeds(root: Path) -> tuple[list[Path], list[list[dict[str, Any]]]]:
+    """The committed runs of the benchmark, and of each what no later commit has measured again."""
+    files = sorted((root / SPEEDS).glob("*/bench.jsonl"))
+    return files, bench_summary.newest([read_lines(file) for file in files])
+
+
 def speed(root: Path) -> str:
     """How many times as fast as torch, by op, type and layout, from the committed runs of the benchmark."""
-    files = sorted((root / SPEEDS).glob("*/bench.jsonl"))
+    files, runs = speeds(root)
     if not files:
         return ""
-    runs = [read_lines(file) for file in files]
     made = runs[0][0]
     where = files[0].parent.relative_to(root)
     parts = [f"![Times as fast as torch, by type and layout]({where}/picture.svg)"]
@@ -318,7 +323,7 @@ def _links(files: list[Path], root: Path, up: str = "") -> str:
 
 def goals(root: Path) -> str:
     """What is asked of the CPU kernels beside what was measured, and every shape that is slower than torch."""
-    runs = [read_lines(file) for file in sorted((root / SPEEDS).glob("*/bench.jsonl"))]
+    _, runs = speeds(root)
     if not runs:
         return "No record of a quiet machine is committed yet."
     found, slower = bench_goals.table(runs), bench_goals.slower(runs)
@@ -335,7 +340,7 @@ def goals(root: Path) -> str:
 
 def beside_compile(root: Path) -> str:
     """What is asked beside ``torch.compile`` of torch's own layers, what was measured, and the same for every op."""
-    runs = [read_lines(file) for file in sorted((root / SPEEDS).glob("*/bench.jsonl"))]
+    _, runs = speeds(root)
     repeats = bench_summary.repeats(runs, "pinned", "torch.compile")
     if not repeats:
         return f"No record is committed yet; `normkit bench --implementation torch.compile --out {SPEEDS}/1` makes one."
@@ -377,7 +382,7 @@ def whole_models(root: Path) -> str:
 
 def measured_passes(root: Path) -> str:
     """Memory passes beside the floor, from the committed runs of the benchmark."""
-    runs = [read_lines(file) for file in sorted((root / SPEEDS).glob("*/bench.jsonl"))]
+    _, runs = speeds(root)
     if not runs:
         return "No record of a quiet machine is committed yet."
     found = bench_summary.passes(runs, "pinned")

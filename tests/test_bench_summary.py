@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from normkit.report.bench_summary import models, passes, speedups, table
+from normkit.report.bench_summary import models, newest, passes, repeats, speedups, table
 
 
 def record(shape, implementation, ratio=None, **other):
@@ -80,3 +80,18 @@ def test_models_have_the_median_of_their_runs_and_no_column_for_what_nobody_time
     assert found.rows == [["resnet50", "float32", "contiguous", "90.0", "1.20×"]]
     runs[0][1]["quiet"] = False
     assert models(runs, "pinned", "~").rows[0][3:] == ["~90.0", "~1.20×"]
+
+
+def test_what_a_later_commit_has_measured_again_replaces_what_was():
+    def at(commit, created, records):
+        return [{"kind": "environment", "commit": commit, "created": f"2026-11-27T{created}"}, *records]
+
+    old, again = run(2.0, 3.0), run(5.0)
+    runs = [at("b", "05:00", again), at("a", "03:00", old), at("a", "04:00", old)]
+    kept = newest(runs)
+    assert [len(records) for records in kept] == [5, 5, 5]  # shape (1,) of the new commit, shape (2,) of the old one
+    found = speedups(kept, "default")
+    assert {shape: ratio for (_, _, _, shape), ratio in found.items()} == {(1,): 5.0, (2,): 3.0}
+    pinned = [r | {"allocator": "pinned"} if r["kind"] == "op" else r for r in runs[0]]
+    assert newest([pinned, runs[1]]) == [pinned, runs[1]]
+    assert repeats(kept, "default", "torch.compile") == 1

@@ -27,7 +27,7 @@ SMALL_FUSED = {BATCH: 2**16, GROUP: 3 * 2**15, INSTANCE: 2**14}
 """The same where a residual or an activation follows, for which torch needs further operators."""
 SMALL_ROWS = {
     # something follows, 16 bits: below NARROW values, others
-    (False, False): (2**18, 2**21),
+    (False, False): (2**21, 2**21),
     (False, True): (2**17, 2**18),
     (True, False): (2**16, 2**17),
     (True, True): (2**15, 2**16),

@@ -50,6 +50,18 @@ def speedups(runs: Sequence[Iterable[Record]], allocator: str, against: str = "t
     return {cell: statistics.median(values) for cell, values in _by_cell(runs, allocator, against).items()}
 
 
+def newest(runs: Sequence[Sequence[Record]]) -> list[list[Record]]:
+    """The runs without what another commit has measured again since: op, shape, type, layout and allocator together."""
+    last: dict[tuple[Any, ...], str] = {}
+    for run in sorted(runs, key=lambda run: run[0]["created"]):
+        last |= {_measurement(r): run[0]["commit"] for r in run if r.get("kind") == "op"}
+    return [[r for r in run if r.get("kind") != "op" or last[_measurement(r)] == run[0]["commit"]] for run in runs]
+
+
+def _measurement(r: Record) -> tuple[Any, ...]:
+    return r["op"], *r["shape"], r["dtype"], r["layout"], r["allocator"]
+
+
 def repeats(runs: Sequence[Iterable[Record]], allocator: str, against: str = "torch") -> int:
     """How many runs measured each cell, at least; 0 without any."""
     return min((len(values) for values in _by_cell(runs, allocator, against).values()), default=0)
