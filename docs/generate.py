@@ -287,7 +287,7 @@ def _counts_as_call(record: dict[str, Any]) -> bool:
 
 def speeds(root: Path) -> tuple[list[Path], list[list[dict[str, Any]]]]:
     """The committed runs of the benchmark, and of each what no later commit has measured again."""
-    files = sorted((root / SPEEDS).glob("*/bench.jsonl"))
+    files = sorted((root / SPEEDS).glob("*/bench.jsonl"), key=lambda file: (len(file.parent.name), file.parent.name))
     return files, bench_summary.newest([read_lines(file) for file in files])
 
 
@@ -313,12 +313,12 @@ def speed(root: Path) -> str:
 
 
 def _links(files: list[Path], root: Path, up: str = "") -> str:
-    """The pages of the runs, each with the command that makes it again; ``up``: from where the page is."""
-    told = []
+    """The pages of the runs with the commands that make them again; ``up``: from where the page is."""
+    told: dict[str, list[str]] = {}
     for file in files:
-        where, command = file.parent.relative_to(root), read_lines(file)[0]["command"]
-        told.append(f"[{where.name}]({up}{where}/report.md), `{command}`")
-    return "; ".join(told)
+        where, command = file.parent.relative_to(root), read_lines(file)[0]["command"].partition(" --out ")[0]
+        told.setdefault(command, []).append(f"[{where.name}]({up}{where}/report.md)")
+    return "; ".join(f"{', '.join(pages)}: `{command} --out DIR`" for command, pages in told.items())
 
 
 def goals(root: Path) -> str:
