@@ -90,7 +90,7 @@ def test_the_cost_of_a_call_is_that_of_the_committed_record(generate, monkeypatc
     text = generate.benchmarks(page.read_text())
     assert "| `layer_norm` | +6.2 µs | +6.2 µs | +2.0 % | +2.0 % | ~-1.0 % | ~-1.0 % |" in text
     assert "a processor, 2 threads, torch 2.13.0, medians of 3 runs: [1](" in text
-    assert "report.md), `normkit bench --op overhead`" in text
+    assert "report.md): `normkit bench --op overhead --out DIR`" in text
     assert "99" not in text.partition("<!-- call:begin -->")[2].partition("<!-- call:end -->")[0]
     assert generate.main(["--check"]) == 1  # the page on the disk does not say so yet
 
