@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import normkit as nk
-from normkit.kernels import loading, native
+from normkit.kernels import limits, loading
 from oracle import examine
 
 pytestmark = pytest.mark.skipif(loading.module is None, reason=str(loading.absence))
@@ -378,24 +378,39 @@ with nk.backend("native"), pytest.raises(RuntimeError, match="NORMKIT_NATIVE=0")
 )
 def test_where_torchs_layer_norm_is_faster(shape, dtype, activation, expected):
     x, module = torch.empty(shape, dtype=dtype), nk.epilogue.activation_module(activation) if activation else None
-    assert native.torch_is_faster(native.LAYER, True, x, module, activation is not None) == expected
+    assert limits.torch_is_faster(limits.LAYER, True, x, module, activation is not None) == expected
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+@pytest.mark.parametrize("over", limits.FEWEST)
+def test_the_short_way_for_few_elements_says_what_the_rules_say(over, activation, dtype, layout, monkeypatch):
+    module = nk.epilogue.activation_module(activation)
+    fewest = limits.FEWEST.copy()
+    monkeypatch.setattr(limits, "FEWEST", {})
+    for width in (16, 256):
+        x = torch.empty((fewest[over] // width - 1) // 16, 16, 1, width, dtype=dtype).contiguous(memory_format=layout)
+        for by_batch in (True, False):
+            with torch.set_grad_enabled(by_batch):
+                assert limits.torch_is_faster(over, True, x, module, activation is not None, by_batch)
 
 
 @pytest.mark.parametrize("avx512", [True, False])
-@pytest.mark.parametrize("over", [native.BATCH, native.GROUP])
+@pytest.mark.parametrize("over", [limits.BATCH, limits.GROUP])
 def test_where_torchs_gelu_is_faster(over, avx512, monkeypatch):
     monkeypatch.setattr(loading, "has_avx512", avx512)
     module = nk.epilogue.activation_module("gelu")
 
     def faster(dtype, form=torch.contiguous_format, by_batch=True):
         x = torch.empty(8, 64, 32, 32, dtype=dtype).contiguous(memory_format=form)
-        return native.torch_is_faster(over, True, x, module, True, by_batch)
+        return limits.torch_is_faster(over, True, x, module, True, by_batch)
 
     assert not faster(torch.float32)
     assert not faster(torch.bfloat16, torch.channels_last)
     assert faster(torch.bfloat16) is not avx512
     assert faster(torch.float64)
-    if over == native.BATCH:
+    if over == limits.BATCH:
         with torch.no_grad():
             assert faster(torch.bfloat16, by_batch=False)
             assert not faster(torch.bfloat16, torch.channels_last, by_batch=False)

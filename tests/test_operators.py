@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import normkit as nk
-from normkit.kernels import loading, native
+from normkit.kernels import limits, loading
 
 pytestmark = pytest.mark.skipif(loading.module is None, reason=f"no compiled kernels: {loading.absence}")
 
@@ -122,7 +122,7 @@ def test_one_graph_serves_batches_of_any_size():
 
 
 def test_when_a_compiler_is_faster():
-    faster = functools.partial(native.compiler_is_faster, native.BATCH)
+    faster = functools.partial(limits.compiler_is_faster, limits.BATCH)
     small, large = torch.empty(2**14), torch.empty(2**20)
     assert not faster(small, "relu", batch_statistics=True)
     assert faster(small[1:], "relu", batch_statistics=True)
@@ -135,17 +135,17 @@ def test_when_a_compiler_is_faster():
     middle = torch.empty(1, 64, 64, 64)
     last = middle.to(memory_format=torch.channels_last)
     for over, x, expected in (
-        (native.GROUP, last, False),
-        (native.INSTANCE, last, False),
-        (native.BATCH, last, True),
-        (native.GROUP, middle, True),
+        (limits.GROUP, last, False),
+        (limits.INSTANCE, last, False),
+        (limits.BATCH, last, True),
+        (limits.GROUP, middle, True),
     ):
-        assert native.compiler_is_faster(over, x, None, batch_statistics=True) == expected
+        assert limits.compiler_is_faster(over, x, None, batch_statistics=True) == expected
 
 
 @pytest.mark.parametrize("backend", [None, "torch"], ids=str)
 def test_a_compiler_gets_the_operators_where_they_are_faster_and_torchs_where_these_are_asked_for(backend, monkeypatch):
-    monkeypatch.setattr(native, "COMPILED_RELU", 100)
+    monkeypatch.setattr(limits, "COMPILED_RELU", 100)
     seen = Captured()
     layer = nk.BatchNorm2d(6, activation="relu", backend=backend)
     torch.compile(layer, backend=seen, fullgraph=True)(_input())

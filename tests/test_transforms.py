@@ -184,3 +184,22 @@ def test_statistics_that_are_handed_in_may_move(twin):
         results.append({"gradient": gradient, **buffers})
     assert_same({name: results[0][name] for name in results[1]}, results[1])
     assert results[0]["num_batches_tracked"].item() == 1
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("where", ["input", "residual", "both"])
+@pytest.mark.parametrize(
+    "make", [lambda: nk.RMSNorm(64).double(), lambda: nk.BatchNorm1d(64, activation="relu").double()]
+)
+def test_what_a_transform_has_left_behind_is_an_input_like_any_other(make, where, gradients):
+    plain = torch.randn(2000, 64, dtype=torch.float64)
+    left: list[Tensor] = []
+    grad(lambda x: (left.append(x), x.square().sum())[1])(plain)
+    x, residual = (left[0] if where in (name, "both") else plain for name in ("input", "residual"))
+    layer, expected = make(), make()
+    with torch.set_grad_enabled(gradients):
+        torch.testing.assert_close(layer(x, residual=residual), expected(plain, residual=plain))
+        if gradients:
+            layer(x, residual=residual).square().sum().backward()
+            expected(plain, residual=plain).square().sum().backward()
+            torch.testing.assert_close(layer.weight.grad, expected.weight.grad)

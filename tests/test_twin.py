@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 
 import normkit as nk
 from cases import CASES, FORMS
-from normkit.kernels import native
+from normkit.kernels import limits
 from normkit.vocabulary.spec import REGISTRY
 from twins import CHANNELS, KEYWORD, LAZY, TRACKING, TWINS, VARIANTS, Twin, assert_same, away_from_one, off_scale, step
 
@@ -43,7 +43,7 @@ def _torchs_operators():
 @pytest.fixture
 def kernels_for_all_sizes(monkeypatch):
     """By default small inputs go to torch's operators, and what the kernels say to a wrong one would not show."""
-    monkeypatch.setattr(native, "torch_is_faster", lambda *call: False)
+    monkeypatch.setattr(limits, "torch_is_faster", lambda *call: False)
 
 
 def test_every_norm_says_whether_it_has_a_twin():

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from normkit import epilogue, masked, reference
 from normkit.call import Call
-from normkit.kernels import loading, native, output_saved, triton
+from normkit.kernels import limits, loading, native, output_saved, triton
 from normkit.kernels import phases as halves
 from normkit.kernels.proposal import Proposal, Uncompiled, ordinary
 from normkit.vocabulary.spec import Spec
@@ -219,16 +219,15 @@ def by_kernels(call: Call, backend: str | None) -> Tensor | None:
         return None  # the long way tells it in its context
 
 
-def follow(
-    spec: Spec, x: Tensor, weight: Any, bias: Any, y: Tensor, residual: Tensor | None, activation: epilogue.Activation
-) -> Tensor:
+def follow(layer: Any, x: Tensor, y: Tensor, residual: Tensor | None, activation: epilogue.Activation) -> Tensor:
     """What follows the norm, written over ``y``, the norm of ``x``; an error is told in its context."""
     try:
         return epilogue.apply(y, residual, activation, fresh=True)
     except ERRORS as error:
         if type(error) not in ERRORS:
             raise
-        raise type(error)(_in_context(error, Call(spec, x, weight, bias, lambda: y))) from error
+        weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)  # RMS norm has no bias
+        raise type(error)(_in_context(error, Call(layer.spec, x, weight, bias, lambda: y))) from error
 
 
 def may_be_read(number: Tensor) -> bool:
@@ -261,7 +260,7 @@ def _torch_at_once(
     if torch.compiler.is_compiling():
         if not x.is_cpu:
             return True  # the Triton kernels are reluctant there
-        return loading.module is None or native.compiler_is_faster(over or spec.over, x, activation, batch_statistics)
+        return loading.module is None or limits.compiler_is_faster(over or spec.over, x, activation, batch_statistics)
     return _torch_is_faster(spec, over or spec.over, x, activation, followed, batch_statistics)
 
 
@@ -277,7 +276,7 @@ def _torch_is_faster(
         return nobody or triton.torch_is_faster(x, over)
     if loading.module is None:
         return BACKENDS.keys() <= _OURS
-    return native.torch_is_faster(over, spec.center, x, activation, followed, by_batch)
+    return limits.torch_is_faster(over, spec.center, x, activation, followed, by_batch)
 
 
 def asked(by_layer: str | None) -> str:

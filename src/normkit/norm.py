@@ -87,8 +87,12 @@ class Norm(nn.Module):
             return None
         if not followed:
             return y
-        weight, bias = getattr(self, "weight", None), getattr(self, "bias", None)  # RMS norm has no bias
-        return dispatch.follow(self.spec, x, weight, bias, y, residual, activation)
+        return dispatch.follow(self, x, y, residual, activation)
+
+    def _parameter(self, name: str) -> Any:
+        """``self.weight`` and the like, for which torch's access by name takes a microsecond."""
+        own = self._parameters
+        return own[name] if name in own else getattr(self, name)  # computed, as under parametrize
 
     def _by_kernels(
         self, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, **details: Any

@@ -10,37 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from normkit.epilogue import fusible
-from normkit.kernels import loading, operators
+from normkit.kernels import limits, loading, operators
 from normkit.kernels.plan import Plan, alike, plan_for
 from normkit.kernels.proposal import ordinary
 
 if TYPE_CHECKING:
     from normkit.call import Call
 
-BATCH, LAYER, GROUP, INSTANCE = "[n] c [s...]", "n... [c...]", "n (g [c]) [s...]", "n c [s...]"
-OVER_CHANNELS = "n [c] s..."
-SMALL = {BATCH: 2**17, GROUP: 2**21, INSTANCE: 2**16}
-"""Elements up to which torch's one operator for a pattern is faster than a kernel, where nothing follows it. Torch has
-none for RMS norm: there a kernel is faster at any size."""
-SMALL_FUSED = {BATCH: 2**16, GROUP: 3 * 2**15, INSTANCE: 2**14}
-"""The same where a residual or an activation follows, for which torch needs further operators."""
-SMALL_ROWS = {
-    # something follows, 16 bits: below NARROW values, others
-    (False, False): (2**21, 2**21),
-    (False, True): (2**17, 2**18),
-    (True, False): (2**16, 2**17),
-    (True, True): (2**15, 2**16),
-}
-"""The same for layer norm, by the width of its rows: torch's operator takes long for many short ones."""
-BATCH_FORWARD, BATCH_FORWARD_FUSED = 2**22, 2**18
-"""The same for batch norm in evaluation without gradients: torch's has one pass over memory to make."""
-NARROW = 256
-"""Rows of fewer values are short. Maps of instance norm of fewer have more to begin and to end than to do, and so have
-maps of a quarter as many where something follows."""
-COMPILED, COMPILED_RELU, COMPILED_LAST = 2**20, 2**14, 2**18
-"""Elements from which on a compiler puts these kernels into its graph as operators: any norm, one with a ReLU, and
-group and instance norm of channels-last inputs."""
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _PLAIN = (Tensor, torch.nn.Parameter)
 _FIRST, _SECOND, _BOTH = 1, 2, 3  # steps of a backward pass: the sums come first, the gradients of the inputs second
 
@@ -58,6 +35,8 @@ def reasons_against(call: Call) -> list[str]:
             return ["an input is a subclass of Tensor, which sees torch's operators only"]
         if not tensor.is_cpu:
             return [f"a tensor is on {tensor.device}; these kernels are for the CPU"]
+        if _is_wrapped(tensor):
+            return ["a transform has left its wrapper around a tensor"]
         if tensor.layout is not torch.strided or tensor.is_neg() or tensor.is_nested:
             return ["a tensor is sparse or nested, or a view that changes its values"]
     if call.counted is not None:
@@ -93,98 +72,13 @@ def _reasons_against_compiling(call: Call) -> list[str]:
     return operators.reasons_against(call)
 
 
-def torch_is_faster(
-    over: str | None, center: bool, x: Tensor, activation: Any, fused: bool, by_batch: bool = True
-) -> bool:
-    """Whether torch's operators do the same in less time.
-
-    Limits found on a machine with two cores and AVX-512.
-    """
-    if over == BATCH and not by_batch and not torch.is_grad_enabled():
-        slow = _is_gelu(activation, fused) and _dense_halves(x)
-        return slow or x.numel() < (BATCH_FORWARD_FUSED if fused else BATCH_FORWARD)
-    rule = _RULES.get(over or "")
-    return center and rule is not None and rule(x, fused, _is_gelu(activation, fused))
-
-
-def _is_gelu(activation: Any, fused: bool) -> bool:
-    return fused and fusible(activation)[0] == "gelu"
-
-
-def _dense_halves(x: Tensor) -> bool:
-    """Of these torch's GELU takes the least time."""
-    return x.element_size() < 4 and x.is_contiguous()
-
-
-def _slow_gelu(x: Tensor, gelu: bool) -> bool:
-    """float64 has no kernel of its own for it."""
-    return gelu and (x.element_size() == 8 or (_dense_halves(x) and not loading.has_avx512))
-
-
-def _batch(x: Tensor, fused: bool, gelu: bool) -> bool:
-    return _slow_gelu(x, gelu) or x.numel() < (SMALL_FUSED if fused else SMALL)[BATCH]
-
-
-def _layer(x: Tensor, fused: bool, gelu: bool) -> bool:
-    short, others = SMALL_ROWS[fused, x.element_size() < 4]
-    return gelu or x.numel() < (short if x.shape[-1] < NARROW else others)
-
-
-def _group(x: Tensor, fused: bool, gelu: bool) -> bool:
-    half, channels_last = x.element_size() < 4, not x.is_contiguous()
-    if fused:  # torch's operators take several times as long for 16 bits that lie channels-last
-        return _slow_gelu(x, gelu) or x.numel() < SMALL_FUSED[GROUP] // (8 if half and channels_last else 1)
-    return x.numel() < SMALL[GROUP] // (16 if half and channels_last else 8 if half or channels_last else 1)
-
-
-def _instance(x: Tensor, fused: bool, gelu: bool) -> bool:
-    if x.element_size() < 4 or not x.is_contiguous():  # torch's operators lay channels-last out anew
-        return False
-    values = x.shape[2:].numel()
-    if fused:
-        return x.numel() < SMALL_FUSED[INSTANCE] or values < NARROW // 4
-    return x.numel() < SMALL[INSTANCE] or values < NARROW
-
-
-def _over_channels(x: Tensor, fused: bool, gelu: bool) -> bool:
-    return not fused and x.dim() > 2 and not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
-
-
-_RULES: dict[str, Callable[[Tensor, bool, bool], bool]] = {
-    BATCH: _batch,
-    LAYER: _layer,
-    GROUP: _group,
-    INSTANCE: _instance,
-    OVER_CHANNELS: _over_channels,
-}
-"""For each pattern that torch has an operator for, whether this is faster: input, something follows, that is a GELU."""
-
-
-def compiler_is_faster(over: str | None, x: Tensor, activation: Any, batch_statistics: bool) -> bool:
-    """Whether a compiler that sees torch's operators makes of them what takes less time than these kernels.
-
-    Without a backward pass, or by given statistics, it fuses the norm with its neighbours. In training Inductor wins
-    where the cost of calling an operator is much of the whole; not with a ReLU, whose mask it stores bit by bit, and
-    less so where it walks through channels-last inputs group by group.
-    """
-    if not (batch_statistics and torch.is_grad_enabled()):
-        return True
-    name, _ = fusible(activation)
-    if name == "gelu":
-        return True
-    if name == "relu":
-        return x.numel() < COMPILED_RELU
-    last = over in (GROUP, INSTANCE) and not x.is_contiguous()
-    return x.numel() < (COMPILED_LAST if last else COMPILED)
-
-
 def reluctance(call: Call) -> list[str]:
     """Why the compiled kernels will not run a call that they could run, unless asked for by name."""
     if torch.compiler.is_compiling():
-        faster = compiler_is_faster(call.over, call.x, call.activation, call.batch_statistics)
+        faster = limits.compiler_is_faster(call.over, call.x, call.activation, call.batch_statistics)
         return ["a compiler of torch's operators is faster here"] if faster else []
     fused = call.residual is not None or call.activation is not None
-    if not call.merged and torch_is_faster(
+    if not call.merged and limits.torch_is_faster(
         call.over, call.spec.center, call.x, call.activation, fused, call.batch_statistics
     ):
         return ["torch's operators were faster for this norm, size and layout"]
@@ -234,7 +128,6 @@ def run(call: Call) -> Tensor:
     """Carry out a call that there is no reason against."""
     if torch.compiler.is_compiling():
         return operators.run("native", call)
-    plan: Plan = call.plan
     x, weight, bias, residual = call.x, call.weight, call.bias, call.residual
     if torch.is_grad_enabled() and (
         x.requires_grad
@@ -242,8 +135,8 @@ def run(call: Call) -> Tensor:
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
     ):
-        return _Normalize.apply(x, weight, bias, residual, plan, call.running_mean, call.running_var, call)
-    return _forward(plan, x, weight, bias, residual, call, None)[0]
+        return _normalize(x, weight, bias, residual, call)
+    return _forward(call.plan, x, weight, bias, residual, call, None)[0]
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -284,8 +177,8 @@ class _Normalize(torch.autograd.Function):
     """One node in the graph for norm, residual and activation."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Any, bias: Any, residual: Any, plan: Plan, *rest: Any) -> Tensor:
-        call: Call = rest[-1]
+    def forward(ctx: Any, x: Tensor, weight: Any, bias: Any, residual: Any, call: Call) -> Tensor:
+        plan: Plan = call.plan
         bits = torch.empty(plan.bits, dtype=torch.uint8) if plan.bits else None
         y, stats = _forward(plan, x, weight, bias, residual, call, bits)
         ctx.save_for_backward(x, weight, bias if plan.gate else None, residual if plan.gate else None, stats, bits)
@@ -298,11 +191,16 @@ class _Normalize(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         (dy,) = grads
         if dy is None:
-            return (None,) * 8
+            return (None,) * 5
         if torch.is_grad_enabled() or _is_watched():
-            return (*_differentiable(ctx, dy, _signs), None, None, None, None)
+            return (*_differentiable(ctx, dy, _signs), None)
         found = _backward(ctx.plan, ctx.saved_tensors, dy, ctx.needs_input_grad[:4], ctx.bias_type)
-        return (*found, None, None, None, None)
+        return (*found, None)
+
+
+_normalize: Any = super(torch.autograd.Function, _Normalize).apply
+"""Without what torch's Python does first and takes as long for as a small kernel: it looks for transforms, running and
+ended, of which there are none here, and for default values."""
 
 
 def _backward(

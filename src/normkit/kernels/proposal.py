@@ -42,7 +42,7 @@ def plain(mean: Tensor, var: Tensor, tracked: Tensor | None, skipped: Tensor | N
 class Proposal:
     """A copy of mean and variance, which torch's operator moves, and which enters them if it is finite."""
 
-    __slots__ = ("mean", "new_mean", "new_var", "skipped", "tracked", "var", "wide")
+    __slots__ = ("addresses", "kind", "mean", "new_mean", "new_var", "skipped", "tracked", "var", "wide")
     launches = False
     """Kernels for GPUs let the copies in, and can write them as well."""
 
@@ -51,22 +51,23 @@ class Proposal:
         with torch.inference_mode(False):  # a layer may be called there first, and trained afterwards
             self.new_mean, self.new_var = torch.empty_like(mean), torch.empty_like(var)
         self.wide = var.dtype == torch.float64
+        self.kind = var.dtype, var.numel(), var.get_device()
 
     def is_of(self, mean: Tensor, var: Tensor, tracked: Tensor | None, skipped: Tensor | None) -> bool:
         """Whether it was made for these, as they are: ``.data =`` and ``resize_`` change what stays the same tensor."""
-        new_var = self.new_var
+        dtype, count, device = self.kind
         return (
             mean is self.mean
             and var is self.var
             and tracked is self.tracked
             and skipped is self.skipped
-            and mean.dtype == var.dtype == new_var.dtype
-            and mean.shape == var.shape == new_var.shape
-            and mean.get_device() == var.get_device() == new_var.get_device()
+            and mean.dtype == var.dtype == dtype
+            and mean.numel() == var.numel() == count
+            and mean.get_device() == var.get_device() == device
             and mean.is_contiguous()
             and var.is_contiguous()
-            and (tracked is None or (tracked.dtype == torch.int64 and tracked.get_device() == new_var.get_device()))
-            and (skipped is None or (skipped.dtype == torch.int64 and skipped.get_device() == new_var.get_device()))
+            and (tracked is None or (tracked.dtype == torch.int64 and tracked.get_device() == device))
+            and (skipped is None or (skipped.dtype == torch.int64 and skipped.get_device() == device))
         )
 
     def begin(self) -> tuple[Tensor, Tensor]:
@@ -75,23 +76,20 @@ class Proposal:
         Nothing tells autograd of the change: an earlier forward pass has saved the same tensors, as that of torch's
         layer saves the running statistics themselves, and no backward pass in training reads them.
         """
-        mean, var, new_mean, new_var = self.mean, self.var, self.new_mean, self.new_var
         # addresses are asked for every time: share_memory() and .data move what stays the same tensor
-        loading.module.propose(
-            self.wide, mean.data_ptr(), var.data_ptr(), new_mean.data_ptr(), new_var.data_ptr(), var.numel()
-        )
-        return new_mean, new_var
+        self.addresses = self.new_mean.data_ptr(), self.new_var.data_ptr()  # until it settles
+        loading.module.propose(self.wide, self.mean.data_ptr(), self.var.data_ptr(), *self.addresses, self.kind[1])
+        return self.new_mean, self.new_var
 
     def settle(self) -> None:
         """Let the copies in if every variance is finite, and count the batch."""
-        mean, var, tracked, skipped = self.mean, self.var, self.tracked, self.skipped
+        tracked, skipped = self.tracked, self.skipped
         loading.module.settle(
             self.wide,
-            mean.data_ptr(),
-            var.data_ptr(),
-            self.new_mean.data_ptr(),
-            self.new_var.data_ptr(),
-            var.numel(),
+            self.mean.data_ptr(),
+            self.var.data_ptr(),
+            *self.addresses,
+            self.kind[1],
             0 if tracked is None else tracked.data_ptr(),
             0 if skipped is None else skipped.data_ptr(),
         )

@@ -159,7 +159,7 @@ class _BatchNorm(Norm, RunningStatistics):
         mean, var = self.running_mean, self.running_var
         if mean is None or torch.is_grad_enabled():  # a backward pass reads them again, when they may have moved
             return None
-        arguments = (x, mean, var, self.weight, self.bias, self.eps)
+        arguments = (x, mean, var, self._parameter("weight"), self._parameter("bias"), self.eps)
         return self._straight(x, residual, _by_running, *arguments, by_batch=False)
 
     def _by_policy(

@@ -162,7 +162,7 @@ class GroupNorm(Norm, nn.GroupNorm, spec=SPEC):
 
         ``mask`` or ``lengths`` say what is padding: see :func:`normkit.functional.group_norm`.
         """
-        y, affine = None, (self.weight, self.bias, self.eps)
+        y, affine = None, (self._parameter("weight"), self._parameter("bias"), self.eps)
         if mask is None and lengths is None:
             y = self._straight(input, residual, _by_torch, input, self.num_groups, *affine)
             if y is None:

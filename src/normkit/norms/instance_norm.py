@@ -190,7 +190,7 @@ class _InstanceNorm(Norm, RunningStatistics):
         if mask is not None or lengths is not None:
             input, residual, mask = blanked(type(self).__name__, SPEC.over, input, residual, mask, lengths)
         elif not self.track_running_stats and self.running_mean is None:
-            weight, bias = self.weight, self.bias
+            weight, bias = self._parameter("weight"), self._parameter("bias")
             y = self._straight(input, residual, _by_torch, input, None, None, weight, bias, True, 0.0, self.eps)
             if y is None:
                 y = self._by_kernels(input, residual, weight, bias, self.eps)

@@ -171,10 +171,8 @@ class LayerNorm(Norm, nn.LayerNorm, spec=SPEC):
 
         ``mask`` or ``lengths`` say what is padding: see :func:`normkit.functional.layer_norm`.
         """
-        own, shape, eps = self._parameters, self.normalized_shape, self.eps
-        # torch's access by name takes a microsecond
-        weight = own["weight"] if "weight" in own else self.weight  # noqa: SIM401
-        bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401
+        shape, eps = self.normalized_shape, self.eps
+        weight, bias = self._parameter("weight"), self._parameter("bias")
         if mask is None and lengths is None:
             y = None
             if not self.channels_first:

@@ -169,9 +169,7 @@ class RMSNorm(Norm, nn.RMSNorm, spec=SPEC):
 
         ``mask`` or ``lengths`` say what is padding: see :func:`normkit.functional.rms_norm`.
         """
-        own, shape, eps = self._parameters, self.normalized_shape, self.eps
-        # torch's access by name takes a microsecond
-        weight = own["weight"] if "weight" in own else self.weight  # noqa: SIM401
+        shape, eps, weight = self.normalized_shape, self.eps, self._parameter("weight")
         if mask is None and lengths is None and isinstance(input, Tensor):
             known, y = machine_eps(input.dtype) if eps is None else eps, None
             if not self.channels_first:

@@ -66,7 +66,7 @@ def _by_batch(
         return None  # the long way tells it in its context
     if 1 in x.shape:
         y = unambiguous(y)
-    return dispatch.follow(layer.spec, x, weight, bias, y, residual, activation)
+    return dispatch.follow(layer, x, y, residual, activation)
 
 
 def _on_kernels(
