@@ -34,6 +34,7 @@ from normkit.report import (
     attention,
     bench_blocks,
     bench_goals,
+    bench_limits,
     bench_summary,
     bench_synchronized,
     bench_watch,
@@ -111,6 +112,8 @@ SPEEDS = Path("records") / "bench" / "cpu"
 """One directory per run of the benchmark."""
 WHOLE = Path("records") / "bench" / "models"
 """The same for training steps of whole models."""
+LIMITS = Path("records") / "bench" / "limits"
+"""The same for both backends by name, on a ladder of sizes."""
 UNMEASURED = f"No record is committed yet; `normkit bench --op overhead --out {OVERHEAD}/1` makes one."
 
 
@@ -362,6 +365,21 @@ def beside_compile(root: Path) -> str:
         about += " What the compiler makes of some cells is further from float64 than roundings explain, so they have "
         about += f"no time: {told}."
     return "\n\n".join([table(asked.header, asked.rows), "Every op:", table(every.header, every.rows), about])
+
+
+def limits(root: Path) -> str:
+    """From which size on the kernels are faster than torch's operators, from the committed runs."""
+    files = sorted((root / LIMITS).glob("*/bench.jsonl"))
+    if not files:
+        return f"No record is committed yet; `normkit bench --implementation normkit:native --out {LIMITS}/1` makes one."
+    runs = [read_lines(file) for file in files]
+    found, made = bench_limits.table(runs), runs[0][0]
+    about = (
+        "Times as fast as torch's operators in the same layer and the same rounds, forward and backward, pinned "
+        "allocator, by the number of elements. *Italics*: dispatch takes torch's operators there. "
+        f"{made['processor']}, {made['threads of torch']} threads, torch {made['torch']}: {_links(files, root, '../')}."
+    )
+    return f"{table(found.header, found.rows)}\n\n{about}"
 
 
 def whole_models(root: Path) -> str:
@@ -866,6 +884,7 @@ def benchmarks(text: str) -> str:
     text = between_marks("docs/benchmarks.md", text, BLOCKS, composed_layers(ROOT))
     text = between_marks("docs/benchmarks.md", text, "goals", goals(ROOT))
     text = between_marks("docs/benchmarks.md", text, "goals-compiled", beside_compile(ROOT))
+    text = between_marks("docs/benchmarks.md", text, "limits", limits(ROOT))
     return between_marks("docs/benchmarks.md", text, PASSES, measured_passes(ROOT))
 
 
