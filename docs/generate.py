@@ -371,7 +371,7 @@ def limits(root: Path) -> str:
     """From which size on the kernels are faster than torch's operators, from the committed runs."""
     files = sorted((root / LIMITS).glob("*/bench.jsonl"))
     if not files:
-        return f"No record is committed yet; `normkit bench --implementation normkit:native --out {LIMITS}/1` makes one."
+        return f"No record is committed yet; `normkit bench --implementation normkit:torch --out {LIMITS}/1` makes one."
     runs = [read_lines(file) for file in files]
     found, made = bench_limits.table(runs), runs[0][0]
     about = (
