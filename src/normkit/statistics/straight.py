@@ -66,6 +66,8 @@ def _by_batch(
         return None  # the long way tells it in its context
     if 1 in x.shape:
         y = unambiguous(y)
+    if residual is None and activation is None:
+        return y
     return dispatch.follow(layer, x, y, residual, activation)
 
 
@@ -88,7 +90,7 @@ def _on_kernels(
     return dispatch.by_kernels(call, layer.backend)
 
 
-def _proposal(layer: Any, *parameters: Tensor | None) -> dispatch.Proposal | None:
+def _proposal(layer: Any, weight: Tensor | None, bias: Tensor | None) -> dispatch.Proposal | None:
     """The layer's, for its tensors of now; ``None``: they are held, there are none, or they are no ordinary tensors.
 
     Nobody else has it meanwhile: another thread, or an activation that calls the layer, makes one of its own.
@@ -99,9 +101,11 @@ def _proposal(layer: Any, *parameters: Tensor | None) -> dispatch.Proposal | Non
     mean, var = buffers.get("running_mean"), buffers.get("running_var")
     if mean is None or var is None or hold.frozen or hold.pending is not None or not layer.track_running_stats:
         return None
-    for parameter in parameters:
-        if parameter is not None and (type(parameter) not in _PLAIN or parameter.dtype != mean.dtype):
-            return None
+    dtype = mean.dtype
+    if weight is not None and (type(weight) not in _PLAIN or weight.dtype != dtype):
+        return None
+    if bias is not None and (type(bias) not in _PLAIN or bias.dtype != dtype):
+        return None
     tracked, skipped = buffers["num_batches_tracked"], buffers["num_batches_skipped"]
     made, hold.proposal = hold.proposal, None
     if made is not None and made.is_of(mean, var, tracked, skipped):
