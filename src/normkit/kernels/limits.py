@@ -16,27 +16,30 @@ from normkit.kernels import loading
 
 BATCH, LAYER, GROUP, INSTANCE = "[n] c [s...]", "n... [c...]", "n (g [c]) [s...]", "n c [s...]"
 OVER_CHANNELS = "n [c] s..."
-SMALL = {BATCH: 2**17, GROUP: 2**21, INSTANCE: 2**16}
-"""Elements up to which torch's one operator for a pattern is faster than a kernel, where nothing follows it. Torch has
-none for RMS norm: there a kernel is faster at any size."""
-SMALL_FUSED = {BATCH: 2**16, GROUP: 3 * 2**15, INSTANCE: 2**14}
+SMALL = {BATCH: (2**16, 2**17), GROUP: (2**21, 2**18)}
+"""Elements below which torch's one operator for a pattern is faster than a kernel, where nothing follows it: in 32 bits
+and more, in 16. Torch has none for RMS norm: there a kernel is faster at any size."""
+SMALL_FUSED = {BATCH: 2**15, GROUP: 3 * 2**15}
 """The same where a residual or an activation follows, for which torch needs further operators."""
 SMALL_ROWS = {
     # something follows, 16 bits: below NARROW values, others
     (False, False): (2**21, 2**21),
-    (False, True): (2**17, 2**18),
+    (False, True): (2**16, 2**17),
     (True, False): (2**16, 2**17),
     (True, True): (2**15, 2**16),
 }
 """The same for layer norm, by the width of its rows: torch's operator takes long for many short ones."""
+GROUP_LAST = 2**13
+"""The same for group norm of channels-last inputs with nothing behind it, in 32 bits and more. Otherwise torch's
+operators take longer there at any size."""
 BATCH_FORWARD, BATCH_FORWARD_FUSED = 2**22, 2**18
 """The same for batch norm in evaluation without gradients: torch's has one pass over memory to make."""
-FEWEST = {BATCH: 2**16, LAYER: 2**15, GROUP: 3 * 2**12}
+FEWEST = {BATCH: 2**15, LAYER: 2**15}
 """The least of all these for a pattern, whatever the type and the layout. Below it nothing else need be asked: small
 calls feel every line."""
-NARROW = 256
-"""Rows of fewer values are short. Maps of instance norm of fewer have more to begin and to end than to do, and so have
-maps of a quarter as many where something follows."""
+NARROW, MANY = 256, 2**10
+"""Rows and maps of fewer values are short: they have more to begin and to end than to do. Torch's instance norm is
+faster for many of these, where nothing follows."""
 COMPILED, COMPILED_RELU, COMPILED_LAST = 2**20, 2**14, 2**18
 """Elements from which on a compiler puts these kernels into its graph as operators: any norm, one with a ReLU, and
 group and instance norm of channels-last inputs."""
@@ -70,7 +73,7 @@ def _slow_gelu(x: Tensor, gelu: bool) -> bool:
 
 
 def _batch(x: Tensor, fused: bool, gelu: bool) -> bool:
-    return _slow_gelu(x, gelu) or x.numel() < (SMALL_FUSED if fused else SMALL)[BATCH]
+    return _slow_gelu(x, gelu) or x.numel() < (SMALL_FUSED[BATCH] if fused else SMALL[BATCH][x.element_size() < 4])
 
 
 def _layer(x: Tensor, fused: bool, gelu: bool) -> bool:
@@ -79,19 +82,19 @@ def _layer(x: Tensor, fused: bool, gelu: bool) -> bool:
 
 
 def _group(x: Tensor, fused: bool, gelu: bool) -> bool:
-    half, channels_last = x.element_size() < 4, not x.is_contiguous()
-    if fused:  # torch's operators take several times as long for 16 bits that lie channels-last
-        return _slow_gelu(x, gelu) or x.numel() < SMALL_FUSED[GROUP] // (8 if half and channels_last else 1)
-    return x.numel() < SMALL[GROUP] // (16 if half and channels_last else 8 if half or channels_last else 1)
+    half = x.element_size() < 4
+    if _slow_gelu(x, gelu):
+        return True
+    if not x.is_contiguous():
+        return not (fused or half) and x.numel() < GROUP_LAST
+    return x.numel() < (SMALL_FUSED[GROUP] if fused else SMALL[GROUP][half])
 
 
 def _instance(x: Tensor, fused: bool, gelu: bool) -> bool:
-    if x.element_size() < 4 or not x.is_contiguous():  # torch's operators lay channels-last out anew
+    if fused or x.element_size() < 4 or not x.is_contiguous():  # torch's operators lay channels-last out anew
         return False
     values = x.shape[2:].numel()
-    if fused:
-        return x.numel() < SMALL_FUSED[INSTANCE] or values < NARROW // 4
-    return x.numel() < SMALL[INSTANCE] or values < NARROW
+    return values < NARROW and x.numel() >= values * MANY
 
 
 def _over_channels(x: Tensor, fused: bool, gelu: bool) -> bool:
