@@ -34,7 +34,18 @@ def generate(monkeypatch, tmp_path):
         copy.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             copy.write_bytes(path.read_bytes())
-    kinds = ("RECORDS", "OVERHEAD", "SYNCHRONIZED", "SURGERY", "SPEEDS", "DOCTOR", "WATCHED", "COMPOSED", "WHOLE")
+    kinds = (
+        "RECORDS",
+        "OVERHEAD",
+        "SYNCHRONIZED",
+        "SURGERY",
+        "SPEEDS",
+        "DOCTOR",
+        "WATCHED",
+        "COMPOSED",
+        "WHOLE",
+        "LIMITS",
+    )
     for records in (getattr(module, kind) for kind in kinds):
         if (ROOT / records).exists():
             (tmp_path / records).parent.mkdir(parents=True, exist_ok=True)
