@@ -1,6 +1,6 @@
 """Where torch's operators, or what a compiler makes of them, take less time than the compiled CPU kernels.
 
-Limits found on a machine with two cores and AVX-512.
+Limits found on a machine with two cores and AVX-512; docs/benchmarks.md shows what was measured around them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SMALL_ROWS = {
 """The same for layer norm, by the width of its rows: torch's operator takes long for many short ones."""
 GROUP_LAST = 2**13
 """The same for group norm of channels-last inputs with nothing behind it, in 32 bits and more. Otherwise torch's
-operators take longer there at any size."""
+operators take longer there at every size that was tried, from a thousand elements on."""
 BATCH_FORWARD, BATCH_FORWARD_FUSED = 2**22, 2**18
 """The same for batch norm in evaluation without gradients: torch's has one pass over memory to make."""
 FEWEST = {BATCH: 2**15, LAYER: 2**15}
